@@ -424,7 +424,7 @@ def _decode(root, files, shape, path, workers):
             file.flush()
             os.fsync(file.fileno())
         if bad:
-            raise UserError(f"{root}: {len(bad)} files are no readable images, remove or replace them: {'; '.join(bad)}")
+            raise UserError(f"{root}: {len(bad)} files are no images, remove or replace them: {'; '.join(bad)}")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -482,22 +482,24 @@ SYNTHETIC = 5000, 2000  # training and test images
 
 
 def synthetic_images(n, seed):
-    tiles = np.zeros((5, 16), bool)
-    define = np.random.default_rng(7)
-    for t in tiles: t[define.permutation(16)[:8]] = True
-    tiles = tiles.reshape(5,4,4)
-    rng = np.random.default_rng(seed)
-    labels = np.arange(n) % 10
-    rng.shuffle(labels)
-    x = np.full((n,32,32), 0.0)
-    for i in range(n):
-        h, w = (10,22) if labels[i] % 2 else (22,10)
-        a, b = rng.integers(0, 33-h), rng.integers(0, 33-w)
-        t = np.tile(np.roll(tiles[labels[i]//2], rng.integers(0,4,2), (0,1)), (8,8))
-        x[i,a:a+h,b:b+w] = t[:h,:w]*2.0-1
-    gain = rng.uniform(40,90,(n,1,1,3)); off = rng.uniform(90,160,(n,1,1,3))
-    img = x[...,None]*gain+off+rng.normal(0,130,(n,32,32,3))
-    return np.clip(img,0,255).astype(np.uint8), labels.astype(np.int64)
+    """Ten balanced classes on which it matters where a network pools: (uint8 (n, 32, 32, 3), int64 (n,)).
+
+    A class is a texture, one of five 4x4 tiles with half of the cells bright, and the direction of the bar that it
+    fills, 10x22 or 22x10 pixels anywhere. Phase and mirroring of the tile, colour gain and offset vary; on top lies
+    Gaussian noise of deviation 160 (of 255). So several layers must look at full resolution before the texture can be
+    pooled, and some must be left after pooling to see the bar. `seed` draws the images; the tiles are fixed."""
+    fixed, rng = np.random.default_rng(7), np.random.default_rng(seed)
+    tiles = np.stack([fixed.permutation(np.arange(16) % 2).reshape(4, 4) for _ in range(5)])
+    labels = rng.permutation(np.arange(n) % 10)
+    high, wide = (np.where(labels < 5, a, b)[:, None, None] for a, b in ((22, 10), (10, 22)))
+    top, left = ((rng.random((n, 1, 1)) * (33 - side)).astype(int) for side in (high, wide))
+    (down, across), mirror = rng.integers(0, 4, (2, n, 1, 1)), rng.choice([-1, 1], (n, 1, 1))
+    row, column = np.arange(32)[:, None], np.arange(32)
+    inside = (row >= top) & (row < top + high) & (column >= left) & (column < left + wide)
+    texture = 2.0 * tiles[labels[:, None, None] % 5, (row + down) % 4, (mirror * column + across) % 4] - 1
+    images = rng.uniform(90, 160, (n, 1, 1, 3)) + rng.uniform(40, 90, (n, 1, 1, 3)) * (texture * inside)[..., None]
+    images += 160 * rng.standard_normal((n, 32, 32, 3), np.float32)
+    return images.clip(0, 255).astype(np.uint8), labels
 
 
 def load_dataset(name, data_dir="data", image_size=None, limit_train=None, limit_test=None, workers=None):
@@ -542,7 +544,8 @@ def load_dataset(name, data_dir="data", image_size=None, limit_train=None, limit
         version = hashlib.sha256("".join(f"{f} {os.stat(root / f).st_size}\n" for f in files).encode()).hexdigest()[:16]
     labels = torch.tensor([*train_labels, *test_labels])
     n = len(train_labels)
-    whole = [Split(pixels, rows, labels[rows], mapping) for rows in torch.arange(len(labels)).split([n, len(labels) - n])]
+    rows = torch.arange(len(labels))
+    whole = [Split(pixels, part, labels[part], mapping) for part in (rows[:n], rows[n:])]
     mean, std = channel_stats(whole[0])
     train, test = (split.take(balanced_order(split.labels)[:limit]) for split, limit in
                    zip(whole, (limit_train, limit_test)))
@@ -573,7 +576,7 @@ def crop_and_flip(images, top, left, flip, pad):
 
 
 def normalise(images, mean, std):
-    """uint8 (B, H, W, C) to float32 (B, C, H, W), channels-last in memory; mean, std: (C,) tensors in units of 0..255."""
+    """uint8 (B, H, W, C) to float32 (B, C, H, W), channels-last in memory; mean, std: (C,) tensors, of 0..255."""
     return images.permute(0, 3, 1, 2).float().sub_(mean[:, None, None]).div_(std[:, None, None])
 
 
@@ -694,7 +697,7 @@ def graphed(step, device):
     time; a graph launches them at once. The first call of a key runs eagerly (and warms up the libraries), the
     second captures, later ones replay. `step` takes and returns tensors of fixed shapes and must not synchronise.
     What it returns is overwritten by the next call."""
-    if device.type != "cuda" or WORLD > 1:  # collectives stay outside graphs
+    if device.type != "cuda" or shard()[1] > 1:  # collectives stay outside graphs
         return step
     graphs, stream, pool, still = {}, torch.cuda.Stream(device), torch.cuda.graph_pool_handle(), {}
 
@@ -884,7 +887,7 @@ class Run:
         self.configs, self.stem = pooling_configs(args.layers, args.scales), args.image_size // 32
         self.space = {"layers": args.layers, "scales": args.scales, "size": len(self.configs)}
         self.independent, self.hidden = independent, {*NOT_SETTINGS, *hidden}
-        self.stop, self.graceful, self.control, self.store = 0, False, None, None
+        self.stop, self.graceful, self.control, self.store, self.shared = 0, False, None, None, 0
         self.started, self.before, self.epoch_started, self.epoch_steps, self.shown = {}, {}, None, 0, 0.0
 
     def __enter__(self):
@@ -897,7 +900,8 @@ class Run:
             if WORLD > 1:
                 self.store, rank, world = next(dist.rendezvous("env://"))
                 if not self.independent:  # NCCL wants a GPU for each rank
-                    nccl = self.device.type == "cuda" and int(os.environ["LOCAL_WORLD_SIZE"]) <= torch.cuda.device_count()
+                    gpus = torch.cuda.device_count() if self.device.type == "cuda" else 0
+                    nccl = int(os.environ["LOCAL_WORLD_SIZE"]) <= gpus
                     dist.init_process_group("nccl" if nccl else "gloo", store=self.store, rank=rank, world_size=world,
                                             timeout=timedelta(days=1))
                     stack.callback(dist.destroy_process_group)
@@ -917,7 +921,8 @@ class Run:
         """The Dataset that the arguments name, on the device. Compares the settings with those of an earlier result
         in the folder, which `--fresh` sets aside (as *.old)."""
         args = self.args
-        data = load_dataset(args.dataset, args.data_dir, args.image_size, args.limit_train, args.limit_test, args.workers)
+        data = load_dataset(args.dataset, args.data_dir, args.image_size, args.limit_train, args.limit_test,
+                            args.workers)
         self.settings = {**{k: v for k, v in sorted(vars(args).items()) if k not in self.hidden},
                          "dataset": data.name, "amp": self.amp, "data_version": data.version}
         if RANK == 0:
@@ -984,6 +989,13 @@ class Run:
             torch.save({**state, "settings": self.settings, "seconds": self.seconds(name)}, buffer)
             path = self.out / f"{name}.pt"
             write_whole(path, buffer.getvalue(), keep=self.out / f"{name}.prev.pt")
+
+    def same(self, value):
+        """Rank 0's value, as it comes back from JSON, on every rank."""
+        self.shared += 1
+        if WORLD > 1 and RANK == 0:
+            self.store.set(f"same {self.shared}", json.dumps(value))
+        return json.loads(json.dumps(value) if WORLD == 1 else self.store.get(f"same {self.shared}"))
 
     def seconds(self, name=None):
         """Seconds spent on `name` (default: the stage) since `load`, earlier runs counted in."""
@@ -1064,9 +1076,9 @@ class Run:
              "*" * (r["config"] in front)]
             for i, r in enumerate(ranked, 1) if i <= 5 or r["config"] in front or r["config"] == default])
         if rank:
-            say(f"against {rank['against']} ({rank['n']} configurations): Kendall's tau {rank['kendall_tau'] or 0:.2f}, by "
-                f"multiply-adds alone {rank['kendall_tau_macs'] or 0:.2f}; regret of the choice {100 * rank['regret']:.2f} "
-                f"points, {100 * rank['mean_regret']:.2f} on average over budgets")
+            say(f"against {rank['against']} ({rank['n']} configurations): Kendall's tau {rank['kendall_tau'] or 0:.2f}"
+                f", by multiply-adds alone {rank['kendall_tau_macs'] or 0:.2f}; regret of the choice "
+                f"{100 * rank['regret']:.2f} points, {100 * rank['mean_regret']:.2f} on average over budgets")
         say(f"wrote {self.out / self.stage}.json")
 
 
@@ -1134,7 +1146,8 @@ def parse_config(text, layers=10, scales=3, size=32):
         return check_config([int(part) for part in text.strip("[]()").split(",")], layers, scales, size)
     except ValueError as error:
         reason = error if str(error).startswith("configuration") else f"configuration {text}: not whole numbers"
-        raise UserError(f"--config: {reason}; write it like {','.join(map(str, default_config(layers, scales)))}") from None
+        example = ",".join(map(str, default_config(layers, scales)))
+        raise UserError(f"--config: {reason}; write it like {example}") from None
 
 
 def default_image_size(dataset):
@@ -1151,11 +1164,12 @@ def parse(doc, kind, add=lambda parser: None):
     Returns the namespace with defaults filled in, `device` a torch.device and `amp` resolved. Raises UserError."""
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     o = parser.add_argument
-    o("--dataset", default="cifar10", help="cifar10, cifar100, food101, synthetic, or a folder with train/<class>/* and "
-      "test/<class>/* (or val/) images; default cifar10")
+    o("--dataset", default="cifar10", help="cifar10, cifar100, food101, synthetic, or a folder with train/<class>/* "
+      "and test/<class>/* (or val/) images; default cifar10")
     o("--data-dir", default="data", help="folder where data sets are kept and downloaded to; default data")
     o("--out", help="folder of the run's JSON files and checkpoints; default runs/<dataset>")
-    o("--image-size", type=number(), help="pixels, 32, 64 or 128: the images are square; default 128 for food101, else 32")
+    o("--image-size", type=number(), help="side of the square images in pixels, 32, 64 or 128; default 128 for "
+      "food101, else 32")
     o("--epochs", type=number(), help="passes over the training images; default 100 (paper), on synthetic 6 for a "
       "network alone and 40 for a search")
     o("--batch-size", type=number(), default=128, help="images per step, over all ranks; default 128 (paper)")
@@ -1170,7 +1184,7 @@ def parse(doc, kind, add=lambda parser: None):
     o("--limit-train", type=number(), help="use only the first N training images of a fixed class-balanced shuffle")
     o("--limit-test", type=number(), help="use only the first N test images of a fixed class-balanced shuffle")
     o("--workers", type=number(int, 0), help="processes that decode images; default one per core")
-    o("--time-limit", type=number(float, above=0), help="seconds after which to stop with a checkpoint and exit code 3")
+    o("--time-limit", type=number(float, above=0), help="seconds after which to stop with a checkpoint, exit code 3")
     o("--fresh", action="store_true", help="set earlier results and checkpoints aside (*.old) and start over")
     add(parser)
     args = parser.parse_args()
@@ -1233,7 +1247,7 @@ def main():
     def endless():
         for epoch in itertools.count():
             yield from batches(data.train, size, data, args.device, epoch, True)
-    print(f"{args.device}, --amp {args.amp}, batch {size}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"{args.device}, --amp {args.amp}, batch {size}, {torch.get_num_threads()} threads, {torch.__version__}")
     rows = []
     for config in sorted(handful, key=count_macs):
         learner, feed = Learner(ResNet20(*shape, args.layers), args.device, args.amp), endless()

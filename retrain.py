@@ -12,8 +12,8 @@ Paper: Javan, Toews, Pedersoli, AutoML 2023, arXiv 2306.11982, section 5. Writes
 """
 from pathlib import Path
 
-from common import (Run, UserError, choose, default_config, load_json, number, parse, parse_macs, pooling_configs,
-                    print_table, run_main, say, show)
+from common import (RANK, Run, UserError, choose, default_config, load_json, number, parse, parse_macs,
+                    pooling_configs, print_table, run_main, say, show)
 from train_single import add_run, earlier, run_name, train_network, write
 
 
@@ -37,34 +37,39 @@ def winners(args):
 def main():
     def options(parser):
         parser.add_argument("--runs", type=number(), default=3, help="seeds each, counted up from --seed; default 3")
-        parser.add_argument("--max-macs", type=parse_macs, help="the dearest configuration that may be chosen, e.g. 60M")
+        parser.add_argument("--max-macs", type=parse_macs, help="dearest configuration that may be chosen, e.g. 60M")
     args = parse(__doc__, "alone", options)
-    chosen = winners(args)
+    chosen = winners(args) if RANK == 0 else {}
     with Run(args, "retrain", hidden={"seed"}) as run:
         data = run.load_data()
         results, history = earlier(run)
+        todo = run.same([(config, seed) for seed in range(args.seed, args.seed + args.runs) for config in chosen
+                         if seed not in [r["seed"] for r in results.get(config, {"runs": []})["runs"]]])
 
         # ---- the loop: every winner with every seed ------------------------------------------------------------------
-        for seed in range(args.seed, args.seed + args.runs):
-            for config in chosen:
-                if seed in [r["seed"] for r in results.get(config, {"runs": []})["runs"]]:
-                    continue
-                result, entries = train_network(config, data, run, seed, run_name(run, config, seed))
-                add_run(results, run.entry(config, data), result)
-                history.extend(entries)
-                write(run, data, results, history)
+        for config, seed in todo:
+            result, entries = train_network(tuple(config), data, run, seed, run_name(run, config, seed))
+            add_run(results, run.entry(config, data), result)
+            history.extend(entries)
+            write(run, data, results, history)
 
-        for config, entry in results.items():
-            entry["chosen_by"] = chosen.get(config, {})
-        write(run, data, results, history)
-        base = results[default_config(args.layers, args.scales)]["test_acc"]
-        say()
-        print_table(["configuration", "chosen by", "M multiply-adds", "test acc", "deviation", "runs", "gain", "finding it"], [
-            [show(config), " and ".join(r["chosen_by"]) or None, f"{r['macs'] / 1e6:.1f}", f"{r['test_acc']:.4f}",
-             None if r["std"] is None else f"{r['std']:.4f}", len(r["runs"]), f"{100 * (r['test_acc'] - base):+.2f} points",
-             ", ".join(f"{s:.0f} s" for s in r["chosen_by"].values() if s) or None]
-            for config, r in sorted(results.items(), key=lambda item: -item[1]["test_acc"])])
-        say(f"wrote {run.out / 'retrain.json'}")
+        if RANK == 0:
+            for config, entry in results.items():
+                entry["chosen_by"] = chosen.get(config, {})
+            write(run, data, results, history)
+            table(results, results[default_config(args.layers, args.scales)]["test_acc"])
+            say(f"wrote {run.out / 'retrain.json'}")
+
+
+def table(results, base):
+    """Print the final table; results: entries by configuration; base: the default's accuracy, a fraction."""
+    say()
+    header = "configuration", "chosen by", "M multiply-adds", "test acc", "deviation", "runs", "gain", "found in"
+    print_table(header, [
+        [show(r["config"]), " and ".join(r["chosen_by"]) or None, f"{r['macs'] / 1e6:.1f}", f"{r['test_acc']:.4f}",
+         None if r["std"] is None else f"{r['std']:.4f}", len(r["runs"]), f"{100 * (r['test_acc'] - base):+.2f} points",
+         ", ".join(f"{seconds:.0f} s" for seconds in r["chosen_by"].values() if seconds) or None]
+        for r in sorted(results.values(), key=lambda r: -r["test_acc"])])
 
 
 if __name__ == "__main__":

@@ -75,12 +75,12 @@ class Assignment:
 
 def main():
     def options(parser):
-        parser.add_argument("--models", type=number(), default=4, help="M, the sets of weights; default 4 (paper's best)")
+        parser.add_argument("--models", type=number(), default=4, help="M, the sets of weights; default 4")
         parser.add_argument("--shared-epochs", type=number(int, 0), default=0, help="extension: epochs that train one "
                             "shared SuperNet, whose weights then start all models; default 0 (paper)")
         parser.add_argument("--no-balance", action="store_true", help="leave p(model | configuration) unbalanced, to "
                             "see what happens: one model takes everything")
-        parser.add_argument("--max-macs", type=parse_macs, help="the dearest configuration that may be chosen, e.g. 60M")
+        parser.add_argument("--max-macs", type=parse_macs, help="dearest configuration that may be chosen, e.g. 60M")
         parser.add_argument("--truth", help="JSON with the true accuracies to compare the ranking with; default "
                             "single.json in --out, else for cifar10 the published ones")
     args = parse(__doc__, "search", options)

@@ -22,8 +22,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import (Learner, ResNet20, Run, UserError, autocast, batches, cosine_lr, count_macs, derive_seed, evaluate, graphed,
-                    halves, load_truth, number, parse, parse_macs, print_table, rank_report, run_main, say, shard, show)
+from common import (Learner, ResNet20, Run, UserError, autocast, batches, cosine_lr, count_macs, derive_seed, evaluate,
+                    halves, load_truth, number, parse, parse_macs, pooling_configs, print_table, rank_report, run_main,
+                    say, shard, show)
 
 
 class Pools:
@@ -111,7 +112,8 @@ def main():
         o = parser.add_argument
         o("--sampler", choices=["uniform", "prioritized"], default="uniform", help="uniform single path, or PSS-Net's "
           "prioritised sampling, whose steps train three configurations; default uniform")
-        o("--pools", type=number(), default=6, help="classes of multiply-adds, the rows of the budget table; default 6")
+        o("--pools", type=number(), help="classes of multiply-adds, the rows of the budget table; default 6, or one "
+          "for each configuration where there are fewer")
         o("--pool-size", type=number(), default=3, help="configurations that a prioritised pool keeps; default 3")
         o("--calibrate", type=number(), default=8, help="training batches that set an extracted network's statistics; "
           "default 8")
@@ -120,6 +122,7 @@ def main():
         o("--truth", help="JSON with the true accuracies to compare the ranking with; default single.json in --out, "
           "else for cifar10 the published ones")
     args = parse(__doc__, "search", options)
+    args.pools = args.pools or min(6, len(pooling_configs(args.layers, args.scales)))
     truth, against = load_truth(args)
     with Run(args, "supernet", hidden={"calibrate"}) as run:
         search(args, run, truth, against)

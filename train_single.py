@@ -17,8 +17,8 @@ import time
 
 import torch
 
-from common import (RANK, WORLD, Learner, ResNet20, Run, batches, cosine_lr, count_macs, default_config, derive_seed,
-                    evaluate, load_json, parse, parse_config, pooling_configs, run_main, say, shard, show)
+from common import (RANK, WORLD, Learner, ResNet20, Run, UserError, batches, cosine_lr, count_macs, default_config,
+                    derive_seed, evaluate, load_json, parse, parse_config, pooling_configs, run_main, say, shard, show)
 
 
 def train_network(config, data, run, seed, name):
@@ -35,23 +35,22 @@ def train_network(config, data, run, seed, name):
     state = run.load(name) or {"epoch": 0, "step": 0, "history": [], "log": torch.zeros(2, steps)}
     if "learner" in state:
         learner.load_state_dict(state["learner"])
-    history = state["history"]
-
-    statistics = [b for b in model.buffers() if b.is_floating_point()]  # running averages, each rank's own
+    history, log = state["history"], state["log"].to(device)  # loss and accuracy of each step, read once an epoch
+    averages = [b for b in model.buffers() if b.is_floating_point()]  # running statistics, each rank's own
 
     def snapshot(epoch, step):
-        run.agree(log, *statistics)
+        run.agree(log, *averages)
         return {"epoch": epoch, "step": step, "history": history, "log": log.cpu(), "learner": learner.state_dict()}
 
     for epoch in range(state["epoch"], args.epochs):
-        start, log = (state["step"], state["log"].to(device)) if epoch == state["epoch"] else (0, log.zero_())
+        start = state["step"] if epoch == state["epoch"] else 0
         feed = batches(data.train, args.batch_size, data, device, derive_seed(seed, epoch, *config), True, start,
                        (rank, world))
         for step, (x, y) in enumerate(feed, start):
             lr = cosine_lr(epoch * steps + step, args.epochs * steps, args.lr)
             log[0, step], log[1, step] = learner.train(x, y, config, lr)
             run.tick(snapshot, epoch, step, steps, name)
-        run.agree(log, *statistics)
+        run.agree(log, *averages)
         history.append(run.epoch_line(epoch, steps, {"loss": log[0], "train_acc": log[1]}, f"{show(config)} "))
         run.save(snapshot(epoch + 1, 0), name)
     result = {"seed": seed, "test_acc": evaluate(model, data.test, config, data, device, run.amp),
@@ -71,8 +70,10 @@ def add_run(results, fields, run):
 def earlier(run):
     """The results and histories that the folder's JSON of this stage holds: (dict by configuration, list)."""
     path = run.out / f"{run.stage}.json"
-    data = load_json(path, run.stage) if path.exists() else {"results": [], "history": []}
-    return {tuple(r["config"]): r for r in data["results"]}, data["history"]
+    data = load_json(path, run.stage) if path.exists() else {"results": []}
+    if not all(isinstance(r.get("runs"), list) for r in data["results"]):
+        raise UserError(f"{path} has a result without its runs; use --fresh to set it aside and start over")
+    return {tuple(r["config"]): r for r in data["results"]}, data.get("history", [])
 
 
 def write(run, data, results, history, **extra):
@@ -94,8 +95,8 @@ def run_name(run, config, seed):
 
 def main():
     def options(parser):
-        parser.add_argument("--config", nargs="+", help="configurations such as 4,3,3 7,1,2, or all; default: the usual "
-                            "one, pooling where the channels double")
+        parser.add_argument("--config", nargs="+", help="configurations such as 4,3,3 7,1,2, or all; default: the "
+                            "usual one, pooling where the channels double")
     args = parse(__doc__, "alone", options)
     words = args.config or [",".join(map(str, default_config(args.layers, args.scales)))]
     configs = pooling_configs(args.layers, args.scales) if words == ["all"] else [
@@ -106,10 +107,10 @@ def main():
         todo = [c for c in dict.fromkeys(configs)
                 if args.seed not in [r["seed"] for r in results.get(c, {"runs": []})["runs"]]]
         todo.sort(key=count_macs, reverse=True)  # dearest first: no rank gets a long tail
-        if WORLD > 1:  # rank 0 knows what single.json holds
-            todo = json.loads(run.store.get("todo") if RANK else run.store.set("todo", json.dumps(todo)) or json.dumps(todo))
+        todo = [tuple(config) for config in run.same(todo)]  # rank 0 knows what single.json holds
 
         def record(config, result, entries):
+            config = tuple(config)
             add_run(results, run.entry(config, data), result)
             history.extend(entries)
             write(run, data, results, history)
@@ -123,7 +124,6 @@ def main():
 
         # ---- the loop: train each configuration, write it down as it finishes ----------------------------------------
         for number, config in claim(run, todo):
-            config = tuple(config)
             result, entries = train_network(config, data, run, args.seed, run_name(run, config, args.seed))
             if WORLD == 1:
                 record(config, result, entries)
@@ -140,7 +140,7 @@ def main():
 
 
 def claim(run, todo):
-    """Yield (number, item) of what this rank is to do: everything, or under torchrun whatever is next when it is free."""
+    """Yield (number, item) of what this rank is to do: all, or under torchrun whatever is next when it is free."""
     if WORLD == 1:
         yield from enumerate(todo)
     while WORLD > 1 and (number := run.store.add("claimed", 1) - 1) < len(todo):
