@@ -258,12 +258,10 @@ class ResNet20(nn.Module):
 class Split:
     """Labelled images: the rows `index` of a uint8 array (N, H, W, C) that several splits may share.
 
-    pixels: a tensor on any device, or a read-only NumPy array mapped from the file `mapping`;
-    index, labels: int64 CPU tensors of equal length."""
+    pixels: a tensor on any device, or a NumPy memmap; index, labels: int64 CPU tensors of equal length."""
     pixels: object
     index: torch.Tensor
     labels: torch.Tensor
-    mapping: object = None
 
     def __len__(self):
         return len(self.index)
@@ -276,9 +274,9 @@ class Split:
         """Pixels of the rows of `index` given, uint8 (len(rows), H, W, C), from a tensor or from the mapped file."""
         if torch.is_tensor(self.pixels):
             return self.pixels[rows]
-        pixels = torch.from_numpy(self.pixels[rows.numpy()])
-        if hasattr(self.mapping, "madvise"):  # pages read once count as resident memory until they are given back
-            self.mapping.madvise(mmap.MADV_DONTNEED)
+        pixels = torch.from_numpy(np.asarray(self.pixels[rows.numpy()]))
+        if hasattr(mmap, "MADV_DONTNEED"):  # pages that were read count as resident memory until they are given back
+            self.pixels._mmap.madvise(mmap.MADV_DONTNEED)
         return pixels
 
 
@@ -381,7 +379,7 @@ class _Decoded(torch.utils.data.Dataset):
 def decode_cached(root, files, size, cache, workers):
     """Decode image files once, in `workers` processes, to a mapped file in the folder `cache`.
 
-    Returns (uint8 array (N, size, size, 3), mapping). The file's name holds a digest of all names, lengths and
+    Returns (uint8 memmap (N, size, size, 3), the file). The file's name holds a digest of all names, lengths and
     times, so that a changed source is decoded anew. Raises UserError that lists every file that is no image."""
     def line(name):
         stat = os.stat(root / name)
@@ -389,38 +387,31 @@ def decode_cached(root, files, size, cache, workers):
     place = f"{root.name}-{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:8]}-{size}-"
     digest = hashlib.sha256("".join(map(line, files)).encode()).hexdigest()[:16]
     path = Path(cache) / f"{place}{digest}.npy"
-    shape = (len(files), size, size, 3)
     if not path.exists():
         with locked(cache, wait=True):
             if not path.exists():
-                for stale in Path(cache).glob(f"{place}*"):
-                    stale.unlink()
-                _decode(root, files, shape, path, workers)
-    with open(path, "rb") as file:
-        np.lib.format.read_magic(file)
-        np.lib.format.read_array_header_1_0(file)
-        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if hasattr(mapping, "madvise"):
-            mapping.madvise(mmap.MADV_RANDOM)
-        return np.ndarray(shape, np.uint8, buffer=mapping, offset=file.tell()), mapping
+                stale = list(Path(cache).glob(f"{place}*"))
+                _decode(root, files, size, path, workers)
+                for old in stale:
+                    old.unlink()
+    return np.load(path, mmap_mode="r"), path
 
 
-def _decode(root, files, shape, path, workers):
-    loader = torch.utils.data.DataLoader(
-        _Decoded(root, files, shape[1]), batch_size=32, num_workers=workers,
-        worker_init_fn=_ignore_interrupt if workers else None)
+def _decode(root, files, size, path, workers):
+    loader = torch.utils.data.DataLoader(_Decoded(root, files, size), batch_size=32, num_workers=workers,
+                                         worker_init_fn=_ignore_interrupt)
     temporary, bad, done, shown = path.with_suffix(".tmp"), [], 0, time.monotonic()
     try:
         with open(temporary, "wb") as file:
-            np.lib.format.write_array_header_1_0(
-                file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            shape = {"descr": "|u1", "fortran_order": False, "shape": (len(files), size, size, 3)}
+            np.lib.format.write_array_header_1_0(file, shape)
             for images, errors in loader:
                 file.write(images.numpy())
                 bad += [error for error in errors if error]
                 done += len(images)
                 if time.monotonic() > shown + 2 or done == len(files):
                     shown = time.monotonic()
-                    print(f"decoding {root}: {done} of {len(files)} images", file=sys.stderr, flush=True)
+                    say(f"decoding {root}: {done} of {len(files)} images")
             file.flush()
             os.fsync(file.fileno())
         if bad:
@@ -478,27 +469,29 @@ def _torchvision(name, data_dir):
                         f"fetch {url} and unpack it there, or name its place with --data-dir") from None
 
 
-SYNTHETIC = 5000, 2000  # training and test images
+SYNTHETIC = 10_000, 2_000  # training and test images
+TILES = "0101 0101 0101 0101", "1111 0000 1111 0000", "0101 1010 0101 1010", "0011 0011 1100 1100", "0011 1001 1100 0110"
 
 
 def synthetic_images(n, seed):
     """Ten balanced classes on which it matters where a network pools: (uint8 (n, 32, 32, 3), int64 (n,)).
 
-    A class is a texture, one of five 4x4 tiles with half of the cells bright, and the direction of the bar that it
-    fills, 10x22 or 22x10 pixels anywhere. Phase and mirroring of the tile, colour gain and offset vary; on top lies
-    Gaussian noise of deviation 160 (of 255). So several layers must look at full resolution before the texture can be
-    pooled, and some must be left after pooling to see the bar. `seed` draws the images; the tiles are fixed."""
-    fixed, rng = np.random.default_rng(7), np.random.default_rng(seed)
-    tiles = np.stack([fixed.permutation(np.arange(16) % 2).reshape(4, 4) for _ in range(5)])
+    A class is a fine texture, one of five tiles of 4x4 pixels, and the direction of the bar that it fills, 10x22 or
+    22x10 pixels anywhere. The tile's phase and mirroring, colour gain and offset vary. On top lies Gaussian noise whose
+    deviation varies from image to image between 60 and 400 (of 255), easy to hopeless: several layers must look at
+    full resolution before the texture can be pooled, and some must be left after pooling to see the bar.
+    `seed` draws the images; the classes are fixed."""
+    tiles = np.array([[[int(cell) for cell in row] for row in tile.split()] for tile in TILES])
+    rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(n) % 10)
     high, wide = (np.where(labels < 5, a, b)[:, None, None] for a, b in ((22, 10), (10, 22)))
     top, left = ((rng.random((n, 1, 1)) * (33 - side)).astype(int) for side in (high, wide))
     (down, across), mirror = rng.integers(0, 4, (2, n, 1, 1)), rng.choice([-1, 1], (n, 1, 1))
     row, column = np.arange(32)[:, None], np.arange(32)
     inside = (row >= top) & (row < top + high) & (column >= left) & (column < left + wide)
-    texture = 2.0 * tiles[labels[:, None, None] % 5, (row + down) % 4, (mirror * column + across) % 4] - 1
-    images = rng.uniform(90, 160, (n, 1, 1, 3)) + rng.uniform(40, 90, (n, 1, 1, 3)) * (texture * inside)[..., None]
-    images += 160 * rng.standard_normal((n, 32, 32, 3), np.float32)
+    texture = inside * (2.0 * tiles[labels[:, None, None] % 5, (row + down) % 4, (mirror * column + across) % 4] - 1)
+    images = rng.uniform(90, 160, (n, 1, 1, 3)) + rng.uniform(40, 90, (n, 1, 1, 3)) * texture[..., None]
+    images += rng.uniform(60, 400, (n, 1, 1, 1)) * rng.standard_normal((n, 32, 32, 3), np.float32)
     return images.clip(0, 255).astype(np.uint8), labels
 
 
@@ -510,7 +503,7 @@ def load_dataset(name, data_dir="data", image_size=None, limit_train=None, limit
     limit_train, limit_test: only the first images of a fixed class-balanced shuffle. workers: decoding processes.
     Returns a Dataset on the CPU. Raises UserError with what to fetch, make or mend."""
     size = image_size or default_image_size(name)
-    mapping, version = None, ""
+    stored, version = None, ""
     if name in ("cifar10", "cifar100", "synthetic"):
         if size != 32:
             raise UserError(f"--image-size {size}: the images of {name} have 32 pixels")
@@ -540,13 +533,20 @@ def load_dataset(name, data_dir="data", image_size=None, limit_train=None, limit
         train_labels, test_labels = ([label for _, label in part] for part in parts)
         readonly = Path(data_dir).is_dir() and not Path(data_dir).stat().st_mode & 0o222
         cache = Path("data" if readonly else data_dir) / "cache"
-        pixels, mapping = decode_cached(root, files, size, cache, os.cpu_count() if workers is None else workers)
+        workers = os.cpu_count() if workers is None else workers
+        pixels, stored = decode_cached(root, files, size, cache, workers)
         version = hashlib.sha256("".join(f"{f} {os.stat(root / f).st_size}\n" for f in files).encode()).hexdigest()[:16]
     labels = torch.tensor([*train_labels, *test_labels])
     n = len(train_labels)
     rows = torch.arange(len(labels))
-    whole = [Split(pixels, part, labels[part], mapping) for part in (rows[:n], rows[n:])]
-    mean, std = channel_stats(whole[0])
+    whole = [Split(pixels, part, labels[part]) for part in (rows[:n], rows[n:])]
+    known = stored and stored.with_suffix(".json")  # reading all of a large data set takes a while
+    if known and known.exists():
+        mean, std = json.loads(known.read_text())["stats"]
+    else:
+        mean, std = channel_stats(whole[0])
+        if known:
+            save_json(known, {"stats": [mean, std]})
     train, test = (split.take(balanced_order(split.labels)[:limit]) for split, limit in
                    zip(whole, (limit_train, limit_test)))
     return Dataset(Path(name).name, train, test, list(classes), mean, std, version)
@@ -1022,12 +1022,13 @@ class Run:
         """After a step: show progress on a terminal; when it is time to stop, save snapshot(epoch, step + 1), exit."""
         self.graceful = True
         self.epoch_steps += 1
+        place = f"epoch {epoch + 1}, step" if epoch < self.args.epochs else "scoring, configuration"
         if sys.stderr.isatty() and RANK == 0 and time.monotonic() > self.shown + 0.5:
             self.shown = time.monotonic()
-            print(f"\r{name or self.stage}: epoch {epoch + 1}, step {step + 1} of {steps} ", end="", file=sys.stderr)
+            print(f"\r{name or self.stage}: {place} {step + 1} of {steps} ", end="", file=sys.stderr, flush=True)
         if code := self.stopping(step % 8 == 7 or step == steps - 1):
             self.save(snapshot(epoch, step + 1), name)
-            say(f"stopped in epoch {epoch + 1} after step {step + 1} of {steps}; the same command goes on from there")
+            say(f"stopped after {place} {step + 1} of {steps}; the same command goes on from there")
             raise SystemExit(code)
 
     def epoch_line(self, epoch, steps, measures, label=""):
@@ -1155,7 +1156,7 @@ def default_image_size(dataset):
     return 128 if dataset == "food101" else 32
 
 
-EPOCHS = {"synthetic": {"alone": 6, "search": 40}}  # other data sets: the paper's 100
+EPOCHS = {"synthetic": {"alone": 4, "search": 30}}  # other data sets: the paper's 100
 
 
 def parse(doc, kind, add=lambda parser: None):
@@ -1170,8 +1171,8 @@ def parse(doc, kind, add=lambda parser: None):
     o("--out", help="folder of the run's JSON files and checkpoints; default runs/<dataset>")
     o("--image-size", type=number(), help="side of the square images in pixels, 32, 64 or 128; default 128 for "
       "food101, else 32")
-    o("--epochs", type=number(), help="passes over the training images; default 100 (paper), on synthetic 6 for a "
-      "network alone and 40 for a search")
+    o("--epochs", type=number(), help="passes over the training images; default 100 (paper), on synthetic 4 for a "
+      "network alone and 30 for a search")
     o("--batch-size", type=number(), default=128, help="images per step, over all ranks; default 128 (paper)")
     o("--lr", type=number(float, above=0), default=0.1, help="first learning rate, falls to 1%% of it along a cosine; "
       "default 0.1 (paper)")

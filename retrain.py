@@ -12,8 +12,8 @@ Paper: Javan, Toews, Pedersoli, AutoML 2023, arXiv 2306.11982, section 5. Writes
 """
 from pathlib import Path
 
-from common import (RANK, Run, UserError, choose, default_config, load_json, number, parse, parse_macs,
-                    pooling_configs, print_table, run_main, say, show)
+from common import (RANK, Run, UserError, choose, default_config, load_json, number, pareto, parse,
+                    parse_macs, pooling_configs, print_table, run_main, say, show)
 from train_single import add_run, earlier, run_name, train_network, write
 
 
@@ -64,11 +64,13 @@ def main():
 def table(results, base):
     """Print the final table; results: entries by configuration; base: the default's accuracy, a fraction."""
     say()
-    header = "configuration", "chosen by", "M multiply-adds", "test acc", "deviation", "runs", "gain", "found in"
+    header = "configuration", "chosen by", "M multiply-adds", "test acc", "deviation", "runs", "gain", "found in", "Pareto"
+    front = pareto(results.values(), "test_acc")
     print_table(header, [
         [show(r["config"]), " and ".join(r["chosen_by"]) or None, f"{r['macs'] / 1e6:.1f}", f"{r['test_acc']:.4f}",
          None if r["std"] is None else f"{r['std']:.4f}", len(r["runs"]), f"{100 * (r['test_acc'] - base):+.2f} points",
-         ", ".join(f"{seconds:.0f} s" for seconds in r["chosen_by"].values() if seconds) or None]
+         ", ".join(f"{seconds:.0f} s" for seconds in r["chosen_by"].values() if seconds) or None,
+         "*" * (r in front)]
         for r in sorted(results.values(), key=lambda r: -r["test_acc"])])
 
 

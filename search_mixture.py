@@ -85,7 +85,7 @@ def main():
                             "single.json in --out, else for cifar10 the published ones")
     args = parse(__doc__, "search", options)
     truth, against = load_truth(args)
-    with Run(args, "mixture") as run:
+    with Run(args, "mixture", hidden={"limit_test"}) as run:
         search(args, run, truth, against)
 
 

@@ -124,7 +124,8 @@ def main():
     args = parse(__doc__, "search", options)
     args.pools = args.pools or min(6, len(pooling_configs(args.layers, args.scales)))
     truth, against = load_truth(args)
-    with Run(args, "supernet", hidden={"calibrate"}) as run:
+    hidden = {"calibrate", "limit_test"} | ({"pools", "pool_size"} if args.sampler == "uniform" else set())
+    with Run(args, "supernet", hidden=hidden) as run:  # none of these changes what is trained
         search(args, run, truth, against)
 
 
