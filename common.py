@@ -258,10 +258,13 @@ class ResNet20(nn.Module):
 class Split:
     """Labelled images: the rows `index` of a uint8 array (N, H, W, C) that several splits may share.
 
-    pixels: a tensor on any device, or a NumPy memmap; index, labels: int64 CPU tensors of equal length."""
+    pixels: a tensor on any device, or a NumPy memmap; index, labels: int64 CPU tensors of equal length;
+    mean, std: per channel, of 0..255, with which `batches` normalises."""
     pixels: object
     index: torch.Tensor
     labels: torch.Tensor
+    mean: tuple = (127.5, 127.5, 127.5)
+    std: tuple = (127.5, 127.5, 127.5)
 
     def __len__(self):
         return len(self.index)
@@ -282,13 +285,11 @@ class Split:
 
 @dataclass
 class Dataset:
-    """A data set: two splits, class names, and the training images' channel mean and deviation (of 255)."""
+    """A data set: two splits and the names of the classes."""
     name: str
     train: Split
     test: Split
     classes: list
-    mean: list
-    std: list
     version: str = ""  # changes when a folder's files do
 
 
@@ -470,7 +471,8 @@ def _torchvision(name, data_dir):
 
 
 SYNTHETIC = 10_000, 2_000  # training and test images
-TILES = "0101 0101 0101 0101", "1111 0000 1111 0000", "0101 1010 0101 1010", "0011 0011 1100 1100", "0011 1001 1100 0110"
+TILES = ("0101 0101 0101 0101", "1111 0000 1111 0000", "0101 1010 0101 1010", "0011 0011 1100 1100",
+         "0011 1001 1100 0110")
 
 
 def synthetic_images(n, seed):
@@ -547,9 +549,9 @@ def load_dataset(name, data_dir="data", image_size=None, limit_train=None, limit
         mean, std = channel_stats(whole[0])
         if known:
             save_json(known, {"stats": [mean, std]})
-    train, test = (split.take(balanced_order(split.labels)[:limit]) for split, limit in
-                   zip(whole, (limit_train, limit_test)))
-    return Dataset(Path(name).name, train, test, list(classes), mean, std, version)
+    train, test = (replace(split, mean=mean, std=std).take(balanced_order(split.labels)[:limit])
+                   for split, limit in zip(whole, (limit_train, limit_test)))
+    return Dataset(Path(name).name, train, test, list(classes), version)
 
 
 def to_device(data, device):
@@ -580,14 +582,13 @@ def normalise(images, mean, std):
     return images.permute(0, 3, 1, 2).float().sub_(mean[:, None, None]).div_(std[:, None, None])
 
 
-def batches(split, size, data, device, seed=None, augment=False, start=0, shard=(0, 1)):
+def batches(split, size, device, seed=None, augment=False, start=0, shard=(0, 1)):
     """Yield (images float32 (B, C, H, W), labels int64 (B,)) on the device.
 
     With a seed: one epoch of `len(split) // size` shuffled batches from number `start`, with pad-and-crop (1/8 of
     the side, 4 pixels of 32) and flip if `augment`. Everything random is drawn here, from the seed alone, so an
     epoch can be entered anywhere and is the same on every device. `shard` (rank, world) takes a part of each batch.
-    Without a seed: every image once, in batches of nearly equal size; `shard` takes every world-th batch.
-    data: the Dataset, for its channel mean and deviation."""
+    Without a seed: every image once, in batches of nearly equal size; `shard` takes every world-th batch."""
     n, pad, (rank, world) = len(split), split.pixels.shape[1] // 8, shard
     rng = torch.Generator().manual_seed(seed or 0)
     if seed is None:
@@ -600,7 +601,7 @@ def batches(split, size, data, device, seed=None, augment=False, start=0, shard=
     shifts = torch.randint(0, 2 * pad + 1, (2, n), generator=rng).to(device)
     flips = (torch.rand(n, generator=rng) < 0.5).to(device)
     rows, labels = split.index[order], split.labels[order].to(device)
-    mean, std = (torch.tensor(v, dtype=torch.float32, device=device) for v in (data.mean, data.std))
+    mean, std = (torch.tensor(v, dtype=torch.float32, device=device) for v in (split.mean, split.std))
     if torch.is_tensor(split.pixels):
         rows = rows.to(split.pixels.device)
         images = (split.fetch(rows[part[0]:part[-1] + 1]) for part in parts)
@@ -806,13 +807,13 @@ def shard():
 
 
 @torch.no_grad()
-def evaluate(model, split, config, data, device, amp="off", batch_size=256):
+def evaluate(model, split, config, device, amp="off", batch_size=256):
     """Accuracy, a fraction, of model(x, config) on a Split. Under data parallelism the ranks share the batches.
 
     With batch statistics ("shared" norm) the answer depends a little on `batch_size`, not on the number of ranks."""
     model.eval()
     correct = torch.zeros((), device=device)
-    for x, y in batches(split, batch_size, data, device, shard=shard()):
+    for x, y in batches(split, batch_size, device, shard=shard()):
         with autocast(device, amp):
             correct += (model(x, config).argmax(1) == y).sum()
     if shard()[1] > 1:
@@ -1247,7 +1248,7 @@ def main():
 
     def endless():
         for epoch in itertools.count():
-            yield from batches(data.train, size, data, args.device, epoch, True)
+            yield from batches(data.train, size, args.device, epoch, True)
     print(f"{args.device}, --amp {args.amp}, batch {size}, {torch.get_num_threads()} threads, {torch.__version__}")
     rows = []
     for config in sorted(handful, key=count_macs):

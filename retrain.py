@@ -64,7 +64,8 @@ def main():
 def table(results, base):
     """Print the final table; results: entries by configuration; base: the default's accuracy, a fraction."""
     say()
-    header = "configuration", "chosen by", "M multiply-adds", "test acc", "deviation", "runs", "gain", "found in", "Pareto"
+    header = ["configuration", "chosen by", "M multiply-adds", "test acc", "deviation", "runs", "gain", "found in",
+              "Pareto"]
     front = pareto(results.values(), "test_acc")
     print_table(header, [
         [show(r["config"]), " and ".join(r["chosen_by"]) or None, f"{r['macs'] / 1e6:.1f}", f"{r['test_acc']:.4f}",

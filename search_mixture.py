@@ -120,8 +120,8 @@ def search(args, run, truth, against):
         drawn, owners = assignment.draw(probs, steps, derive_seed(args.seed, epoch, 2))
         if shared:
             owners = np.zeros_like(owners)
-        feed = batches(training, args.batch_size, data, device, derive_seed(args.seed, epoch, 0), True, start, shard())
-        check = batches(scoring, args.batch_size, data, device, derive_seed(args.seed, epoch, 1), False, start, shard())
+        feed = batches(training, args.batch_size, device, derive_seed(args.seed, epoch, 0), True, start, shard())
+        check = batches(scoring, args.batch_size, device, derive_seed(args.seed, epoch, 1), False, start, shard())
         for step, (x, y) in enumerate(feed, start):
             config, learner = configs[drawn[step]], learners[owners[step]]
             lr = cosine_lr(epoch * steps + step, args.epochs * steps, args.lr)
@@ -141,7 +141,7 @@ def search(args, run, truth, against):
     probs = assignment.probabilities(1.0, not args.no_balance)
     for i in range(len(scores), len(configs)):
         m = int(probs[i].argmax())
-        accuracy = evaluate(learners[m].model, scoring, configs[i], data, device, run.amp, args.batch_size)
+        accuracy = evaluate(learners[m].model, scoring, configs[i], device, run.amp, args.batch_size)
         scores.append({**run.entry(configs[i], data, "shared"), "val_acc": accuracy, "model": m})
         run.save(snapshot(args.epochs, i + 1))
         run.tick(snapshot, args.epochs, i, len(configs))

@@ -159,7 +159,7 @@ def search(args, run, truth, against):
         start = state["step"] if epoch == state["epoch"] else 0
         progress = epoch / max(1, args.epochs - 1) if prioritized else 0.0  # at 0 every draw is uniform
         drawn = pools.draw(steps, progress, derive_seed(args.seed, epoch, 2))
-        feed = batches(training, args.batch_size, data, device, derive_seed(args.seed, epoch, 0), True, start, shard())
+        feed = batches(training, args.batch_size, device, derive_seed(args.seed, epoch, 0), True, start, shard())
         for step, (x, y) in enumerate(feed, start):
             lr = cosine_lr(epoch * steps + step, args.epochs * steps, args.lr)
             log[0, step], log[1, step] = learner.train(x, y, configs[drawn[step]], lr)
@@ -171,7 +171,7 @@ def search(args, run, truth, against):
 
     # ---- every configuration on the whole scoring half ---------------------------------------------------------------
     for i in range(len(scores), len(configs)):
-        accuracy = evaluate(net, scoring, configs[i], data, device, run.amp, args.batch_size)
+        accuracy = evaluate(net, scoring, configs[i], device, run.amp, args.batch_size)
         scores.append({**run.entry(configs[i], data, "shared"), "val_acc": accuracy})
         run.save(snapshot(args.epochs, i + 1))
         run.tick(snapshot, args.epochs, i, len(configs))
@@ -180,14 +180,14 @@ def search(args, run, truth, against):
     budgets = []
     for members, kept in zip(pools.classes, pools.members):
         best = max((scores[i] for i in (kept if prioritized and kept else members)), key=lambda r: r["val_acc"])
-        feed = batches(training, args.batch_size, data, device, derive_seed(args.seed, 0, 3))
+        feed = batches(training, args.batch_size, device, derive_seed(args.seed, 0, 3))
         single = extract_network(net.state_dict(), best["config"], itertools.islice(feed, args.calibrate), **shape)
         budgets.append({"budget": max(scores[i]["macs"] for i in members), "config": best["config"],
                         "macs": best["macs"], "val_acc": best["val_acc"],
-                        "calibrated_val_acc": evaluate(single, scoring, best["config"], data, device),
-                        "seconds_per_image": latency(single, training.take(torch.arange(1)), data, device)})
+                        "calibrated_val_acc": evaluate(single, scoring, best["config"], device),
+                        "seconds_per_image": latency(single, training.take(torch.arange(1)), device)})
         if args.test:
-            budgets[-1]["test_acc"] = evaluate(single, data.test, best["config"], data, device)
+            budgets[-1]["test_acc"] = evaluate(single, data.test, best["config"], device)
     passes = args.epochs * steps * args.batch_size * (3 if prioritized else 1)
     rank = rank_report(scores, truth, against, args.max_macs)
     run.report(data, scores, "val_acc", (len(training), len(scoring), len(data.test) if args.test else 0),
@@ -201,9 +201,9 @@ def search(args, run, truth, against):
     run.print_results(scores, "val_acc", rank)
 
 
-def latency(net, split, data, device, repeats=20):
+def latency(net, split, device, repeats=20):
     """Median seconds of net on one image, float32."""
-    (x, _), = batches(split, 1, data, device)
+    (x, _), = batches(split, 1, device)
     times = []
     for _ in range(repeats):
         start = time.perf_counter()

@@ -44,7 +44,7 @@ def train_network(config, data, run, seed, name):
 
     for epoch in range(state["epoch"], args.epochs):
         start = state["step"] if epoch == state["epoch"] else 0
-        feed = batches(data.train, args.batch_size, data, device, derive_seed(seed, epoch, *config), True, start,
+        feed = batches(data.train, args.batch_size, device, derive_seed(seed, epoch, *config), True, start,
                        (rank, world))
         for step, (x, y) in enumerate(feed, start):
             lr = cosine_lr(epoch * steps + step, args.epochs * steps, args.lr)
@@ -53,7 +53,7 @@ def train_network(config, data, run, seed, name):
         run.agree(log, *averages)
         history.append(run.epoch_line(epoch, steps, {"loss": log[0], "train_acc": log[1]}, f"{show(config)} "))
         run.save(snapshot(epoch + 1, 0), name)
-    result = {"seed": seed, "test_acc": evaluate(model, data.test, config, data, device, run.amp),
+    result = {"seed": seed, "test_acc": evaluate(model, data.test, config, device, run.amp),
               "loss": history[-1]["loss"], "train_acc": history[-1]["train_acc"], "seconds": run.seconds(name)}
     return result, [{"config": list(config), "seed": seed, **entry} for entry in history]
 
