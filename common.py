@@ -55,19 +55,23 @@ def say(text=""):
         print(text, flush=True)
 
 
-def write_whole(path, data, keep=None):
-    """Write bytes to `path` whole or not at all: a temporary file beside it, synced, then renamed over it.
+@contextlib.contextmanager
+def whole_file(path, keep=None):
+    """Open a binary file that appears under `path` whole, when the block ends without an exception, or not at all.
 
-    keep: path under which the file that was there stays."""
+    It is written beside `path`, synced and renamed. keep: path under which the file that was there stays."""
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         if keep is not None and Path(path).exists():
             os.replace(path, keep)
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say where
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -79,7 +83,8 @@ def save_json(path, data):
             return "[\n    " + ",\n    ".join(json.dumps(v, allow_nan=False) for v in value) + "\n  ]"
         return json.dumps(value, allow_nan=False)
     text = "{\n" + ",\n".join(f"  {json.dumps(k)}: {entry(v)}" for k, v in data.items()) + "\n}\n"
-    write_whole(path, text.encode())
+    with whole_file(path) as file:
+        file.write(text.encode())
 
 
 def load_json(path, stage=None, dataset=None, space=None):
@@ -252,7 +257,7 @@ class ResNet20(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-# ---- Data: every data set ends as uint8 images (N, H, W, C) plus labels; batches are cut and augmented on the device 
+# ---- Data: every data set ends as uint8 images (N, H, W, C) plus labels; batches are cut and augmented on the device
 
 @dataclass
 class Split:
@@ -401,25 +406,19 @@ def decode_cached(root, files, size, cache, workers):
 def _decode(root, files, size, path, workers):
     loader = torch.utils.data.DataLoader(_Decoded(root, files, size), batch_size=32, num_workers=workers,
                                          worker_init_fn=_ignore_interrupt)
-    temporary, bad, done, shown = path.with_suffix(".tmp"), [], 0, time.monotonic()
-    try:
-        with open(temporary, "wb") as file:
-            shape = {"descr": "|u1", "fortran_order": False, "shape": (len(files), size, size, 3)}
-            np.lib.format.write_array_header_1_0(file, shape)
-            for images, errors in loader:
-                file.write(images.numpy())
-                bad += [error for error in errors if error]
-                done += len(images)
-                if time.monotonic() > shown + 2 or done == len(files):
-                    shown = time.monotonic()
-                    say(f"decoding {root}: {done} of {len(files)} images")
-            file.flush()
-            os.fsync(file.fileno())
+    bad, done, shown = [], 0, time.monotonic()
+    with whole_file(path) as file:
+        shape = {"descr": "|u1", "fortran_order": False, "shape": (len(files), size, size, 3)}
+        np.lib.format.write_array_header_1_0(file, shape)
+        for images, errors in loader:
+            file.write(images.numpy())
+            bad += [error for error in errors if error]
+            done += len(images)
+            if time.monotonic() > shown + 2 or done == len(files):
+                shown = time.monotonic()
+                say(f"decoding {root}: {done} of {len(files)} images")
         if bad:
             raise UserError(f"{root}: {len(bad)} files are no images, remove or replace them: {'; '.join(bad)}")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _ignore_interrupt(worker):
@@ -989,7 +988,8 @@ class Run:
             buffer = io.BytesIO()  # torch.save to a full disk would not raise OSError
             torch.save({**state, "settings": self.settings, "seconds": self.seconds(name)}, buffer)
             path = self.out / f"{name}.pt"
-            write_whole(path, buffer.getvalue(), keep=self.out / f"{name}.prev.pt")
+            with whole_file(path, keep=self.out / f"{name}.prev.pt") as file:
+                file.write(buffer.getvalue())
 
     def same(self, value):
         """Rank 0's value, as it comes back from JSON, on every rank."""
@@ -1226,7 +1226,7 @@ def run_main(main):
 
 # ---- Benchmark -------------------------------------------------------------------------------------------------------
 
-def rate(work, device, seconds=2.0):
+def rate(work, seconds=2.0):
     """Calls of `work()` per second, over about `seconds` after a warm-up, waiting for the device at the end."""
     calls = took = 0
     while took < seconds / 2:
@@ -1254,9 +1254,9 @@ def main():
     for config in sorted(handful, key=count_macs):
         learner, feed = Learner(ResNet20(*shape, args.layers), args.device, args.amp), endless()
         x, y = next(feed)
-        train = rate(lambda: learner.train(*next(feed), config, 1e-3)[0], args.device) * size
-        score = rate(lambda: learner.score(x, y, config), args.device) * size
-        fetch = rate(lambda: next(feed)[1], args.device) * size
+        train = rate(lambda: learner.train(*next(feed), config, 1e-3)[0]) * size
+        score = rate(lambda: learner.score(x, y, config)) * size
+        fetch = rate(lambda: next(feed)[1]) * size
         macs = count_macs(config, *shape)
         rows.append([show(config), f"{macs / 1e6:.1f}", f"{train:.0f}", f"{score:.0f}", f"{3 * macs * train / 1e9:.0f}",
                      f"{100 * train / fetch:.1f}%"])

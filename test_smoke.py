@@ -24,8 +24,6 @@ import torchvision.datasets
 from PIL import Image
 
 import common
-import search_mixture
-import search_supernet
 from common import (Dataset, Learner, ResNet20, Split, UserError, balanced_order, batches, check_config, count_macs,
                     count_params, crop_and_flip, default_config, evaluate, halves, kendall_tau, load_dataset, load_json,
                     pareto, parse_macs, pooling_configs, rank_report, save_json)
@@ -244,8 +242,8 @@ def test_every_prefix_of_the_shuffle_is_balanced_and_halves_are_stratified():
 def test_crop_and_flip_against_numpy():
     images = torch.randint(0, 256, (20, 32, 32, 3), dtype=torch.uint8)
     top, left, flip = torch.randint(0, 9, (20,)), torch.randint(0, 9, (20,)), torch.rand(20) < 0.5
-    for got, image, t, l, f in zip(crop_and_flip(images, top, left, flip, 4), images.numpy(), top, left, flip):
-        cut = np.pad(image, ((4, 4), (4, 4), (0, 0)))[t:t + 32, l:l + 32]
+    for got, image, y, x, f in zip(crop_and_flip(images, top, left, flip, 4), images.numpy(), top, left, flip):
+        cut = np.pad(image, ((4, 4), (4, 4), (0, 0)))[y:y + 32, x:x + 32]
         assert np.array_equal(got.numpy(), cut[:, ::-1] if f else cut)
 
 
