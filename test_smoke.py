@@ -721,3 +721,25 @@ def test_a_full_disk_is_one_line_and_loses_nothing(monkeypatch, capsys):
     monkeypatch.setattr(os, "fsync", real)
     code, out, _ = call(monkeypatch, capsys, "search_mixture.py", *TINY, "--models", "2")
     assert code == 0 and "going on" in out
+
+
+# ---- the README ------------------------------------------------------------------------------------------------------
+
+def test_the_readmes_ranking_tables_are_the_files():
+    text = (HERE / "README.md").read_text()
+    for name in ("synthetic", "cifar10-jpeg"):
+        for label, file in (("naive SuperNet", "supernet"), ("balanced mixture, M = 4", "mixture"),
+                            ("prioritised SuperNet (PSS-Net)", "supernet_prioritized")):
+            if name == "synthetic" and "prioritised" in label:
+                continue
+            data = load_json(HERE / "results" / name / f"{file}.json", file.split("_")[0], name)
+            rank, best = data["rank"], ",".join(map(str, data["best"]["config"]))
+            assert f"| {label} | {rank['kendall_tau']:.2f} | {100 * rank['regret']:.2f} | [{best}] |" in text
+            assert f"| by multiply-adds alone | {rank['kendall_tau_macs']:.2f} |" in text
+            again = rank_report(data["results"], *truth_beside(name))
+            assert again["kendall_tau"] == pytest.approx(rank["kendall_tau"])
+
+
+def truth_beside(name):
+    path = HERE / "results" / name / "single.json" if name == "synthetic" else common.PUBLISHED
+    return {tuple(r["config"]): r["test_acc"] for r in load_json(path)["results"]}, path.name
