@@ -660,7 +660,7 @@ def pick_amp(name, device):
     """Mixed precision for a device: "bf16", "fp16" or "off".
 
     `auto`: bf16 where the hardware is fast at it, fp16 on older GPUs, off elsewhere. On CPUs that means AMX: with
-    it bf16 steps of [4,3,3] ran twice as fast as float32, with AVX512-BF16 alone no faster (2 cores, see README)."""
+    it bf16 steps of [4,3,3] ran 1.7 times as fast as float32, with AVX512-BF16 alone slower (2 cores)."""
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device)[0] >= 8
         if name == "bf16" and not fast:
@@ -1157,11 +1157,12 @@ def default_image_size(dataset):
     return 128 if dataset == "food101" else 32
 
 
-EPOCHS = {"synthetic": {"alone": 4, "search": 30}}  # other data sets: the paper's 100
+EPOCHS = {"synthetic": {"alone": 4, "retrain": 4, "search": 30}}  # other data sets: the paper's 100
 
 
 def parse(doc, kind, add=lambda parser: None):
-    """Parse the command line. doc: the script's docstring; kind: "search" or "alone"; add: adds the script's options.
+    """Parse the command line. doc: the script's docstring; kind: "alone", "search" or "retrain"; add: a function that
+    adds the script's own options to the parser.
 
     Returns the namespace with defaults filled in, `device` a torch.device and `amp` resolved. Raises UserError."""
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -1188,6 +1189,11 @@ def parse(doc, kind, add=lambda parser: None):
     o("--workers", type=number(int, 0), help="processes that decode images; default one per core")
     o("--time-limit", type=number(float, above=0), help="seconds after which to stop with a checkpoint, exit code 3")
     o("--fresh", action="store_true", help="set earlier results and checkpoints aside (*.old) and start over")
+    if kind != "alone":
+        o("--max-macs", type=parse_macs, help="multiply-adds of the dearest configuration that may be chosen, e.g. 60M")
+    if kind == "search":
+        o("--truth", help="JSON with the true accuracies to compare the ranking with; default single.json in --out, "
+          "else for cifar10 the published ones")
     add(parser)
     args = parser.parse_args()
     if args.image_size is None:

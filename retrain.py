@@ -13,7 +13,7 @@ Paper: Javan, Toews, Pedersoli, AutoML 2023, arXiv 2306.11982, section 5. Writes
 from pathlib import Path
 
 from common import (RANK, Run, UserError, choose, default_config, load_json, number, pareto, parse,
-                    parse_macs, pooling_configs, print_table, run_main, say, show)
+                    pooling_configs, print_table, run_main, say, show)
 from train_single import add_run, earlier, run_name, train_network, write
 
 
@@ -37,8 +37,7 @@ def winners(args):
 def main():
     def options(parser):
         parser.add_argument("--runs", type=number(), default=3, help="seeds each, counted up from --seed; default 3")
-        parser.add_argument("--max-macs", type=parse_macs, help="dearest configuration that may be chosen, e.g. 60M")
-    args = parse(__doc__, "alone", options)
+    args = parse(__doc__, "retrain", options)
     chosen = winners(args) if RANK == 0 else {}
     with Run(args, "retrain", hidden={"seed"}) as run:
         data = run.load_data()

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from common import (Learner, ResNet20, Run, batches, cosine_lr, derive_seed, evaluate, halves, load_truth, number,
-                    parse, parse_macs, print_table, rank_report, run_main, say, shard, show)
+                    parse, print_table, rank_report, run_main, say, shard, show)
 
 
 def balance(probs, tolerance=1e-8, rounds=10_000):
@@ -80,9 +80,6 @@ def main():
                             "shared SuperNet, whose weights then start all models; default 0 (paper)")
         parser.add_argument("--no-balance", action="store_true", help="leave p(model | configuration) unbalanced, to "
                             "see what happens: one model takes everything")
-        parser.add_argument("--max-macs", type=parse_macs, help="dearest configuration that may be chosen, e.g. 60M")
-        parser.add_argument("--truth", help="JSON with the true accuracies to compare the ranking with; default "
-                            "single.json in --out, else for cifar10 the published ones")
     args = parse(__doc__, "search", options)
     truth, against = load_truth(args)
     with Run(args, "mixture", hidden={"limit_test"}) as run:

@@ -8,8 +8,7 @@
 
 Each step draws a configuration uniformly and takes one SGD step through it, on one half of the training images.
 Then every configuration is scored with the shared weights on the other half. The paper's point: this ranks badly.
-At the end, a table of budgets: the best configuration of each cost class, as an ordinary network that a deployment
-can switch to (`extract_network`).
+Last comes a table of budgets: the best of each cost class, as a network to deploy (`extract_network`).
 
 Papers: Javan, Toews, Pedersoli, AutoML 2023, arXiv 2306.11982; single path one-shot: Guo et al., ECCV 2020;
 prioritised sampling: Chen, Lin, Ji, Cao, "Prioritized Subnet Sampling for Resource-Adaptive Supernet Training"
@@ -23,8 +22,8 @@ import torch
 import torch.nn.functional as F
 
 from common import (Learner, ResNet20, Run, UserError, autocast, batches, cosine_lr, count_macs, derive_seed, evaluate,
-                    halves, load_truth, number, parse, parse_macs, pooling_configs, print_table, rank_report, run_main,
-                    say, shard, show)
+                    halves, load_truth, number, parse, pooling_configs, print_table, rank_report, run_main, say, shard,
+                    show)
 
 
 class Pools:
@@ -115,17 +114,12 @@ def main():
         o("--pools", type=number(), help="classes of multiply-adds, the rows of the budget table; default 6, or one "
           "for each configuration where there are fewer")
         o("--pool-size", type=number(), default=3, help="configurations that a prioritised pool keeps; default 3")
-        o("--calibrate", type=number(), default=8, help="training batches that set an extracted network's statistics; "
-          "default 8")
         o("--test", action="store_true", help="also test the networks of the budget table on the test images")
-        o("--max-macs", type=parse_macs, help="the dearest configuration that may be chosen, e.g. 60M")
-        o("--truth", help="JSON with the true accuracies to compare the ranking with; default single.json in --out, "
-          "else for cifar10 the published ones")
     args = parse(__doc__, "search", options)
     args.pools = args.pools or min(6, len(pooling_configs(args.layers, args.scales)))
     truth, against = load_truth(args)
-    hidden = {"calibrate", "limit_test"} | ({"pools", "pool_size"} if args.sampler == "uniform" else set())
-    with Run(args, "supernet", hidden=hidden) as run:  # none of these changes what is trained
+    hidden = {"limit_test", *(("pools", "pool_size") if args.sampler == "uniform" else ())}  # these change no training
+    with Run(args, "supernet", hidden=hidden) as run:
         search(args, run, truth, against)
 
 
@@ -181,7 +175,7 @@ def search(args, run, truth, against):
     for members, kept in zip(pools.classes, pools.members):
         best = max((scores[i] for i in (kept if prioritized and kept else members)), key=lambda r: r["val_acc"])
         feed = batches(training, args.batch_size, device, derive_seed(args.seed, 0, 3))
-        single = extract_network(net.state_dict(), best["config"], itertools.islice(feed, args.calibrate), **shape)
+        single = extract_network(net.state_dict(), best["config"], itertools.islice(feed, 8), **shape)
         budgets.append({"budget": max(scores[i]["macs"] for i in members), "config": best["config"],
                         "macs": best["macs"], "val_acc": best["val_acc"],
                         "calibrated_val_acc": evaluate(single, scoring, best["config"], device),
@@ -201,16 +195,15 @@ def search(args, run, truth, against):
     run.print_results(scores, "val_acc", rank)
 
 
+@torch.no_grad()
 def latency(net, split, device, repeats=20):
     """Median seconds of net on one image, float32."""
     (x, _), = batches(split, 1, device)
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        with torch.no_grad():
-            net(x).sum().item()
-        times.append(time.perf_counter() - start)
-    return sorted(times)[repeats // 2]
+    marks = []
+    for _ in range(repeats + 1):
+        net(x).sum().item()
+        marks.append(time.perf_counter())
+    return sorted(np.diff(marks))[repeats // 2]
 
 
 if __name__ == "__main__":
