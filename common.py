@@ -23,9 +23,11 @@ import mmap
 import os
 import re
 import signal
+import statistics
 import sys
 import tempfile
 import time
+import timeit
 import zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -630,7 +632,9 @@ def _read_ahead(split, parts, device, depth=3):
 # ---- Training -------------------------------------------------------------------------------------------------------
 
 def derive_seed(*parts):
-    """One 63-bit seed from several whole numbers, e.g. (seed, epoch): independent streams without shared state."""
+    """One 63-bit seed from several whole numbers, e.g. (seed, epoch): independent streams without shared state.
+
+    Zeros at the end do not count: (0, 1) and (0, 1, 0) give the same."""
     return int(np.random.SeedSequence([int(p) for p in parts]).generate_state(1, np.uint64)[0] >> 1)
 
 
@@ -1142,16 +1146,6 @@ def parse_macs(text):
     return float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[match[2]]
 
 
-def parse_config(text, layers=10, scales=3, size=32):
-    """A configuration from text, "4,3,3" to (4, 3, 3). Raises UserError when it does not fit."""
-    try:
-        return check_config([int(part) for part in text.strip("[]()").split(",")], layers, scales, size)
-    except ValueError as error:
-        reason = error if str(error).startswith("configuration") else f"configuration {text}: not whole numbers"
-        example = ",".join(map(str, default_config(layers, scales)))
-        raise UserError(f"--config: {reason}; write it like {example}") from None
-
-
 def default_image_size(dataset):
     """Pixels fed in: 128 for Food-101, else 32."""
     return 128 if dataset == "food101" else 32
@@ -1232,19 +1226,6 @@ def run_main(main):
 
 # ---- Benchmark -------------------------------------------------------------------------------------------------------
 
-def rate(work, seconds=2.0):
-    """Calls of `work()` per second, over about `seconds` after a warm-up, waiting for the device at the end."""
-    calls = took = 0
-    while took < seconds / 2:
-        calls = max(4, 2 * calls, math.ceil(calls * seconds / max(took, 0.1 * seconds)) if took else 0)
-        start = time.perf_counter()
-        for _ in range(calls):
-            result = work()
-        result.sum().item()
-        took = time.perf_counter() - start
-    return calls / took
-
-
 def main():
     args = parse(__doc__, "alone", lambda parser: parser.set_defaults(dataset="synthetic"))
     data = to_device(load_dataset(args.dataset, args.data_dir, args.image_size, workers=args.workers), args.device)
@@ -1256,13 +1237,25 @@ def main():
         for epoch in itertools.count():
             yield from batches(data.train, size, args.device, epoch, True)
     print(f"{args.device}, --amp {args.amp}, batch {size}, {torch.get_num_threads()} threads, {torch.__version__}")
+
+    def clock():
+        if args.device.type != "cpu":
+            torch.accelerator.synchronize()
+        return time.perf_counter()
+
+    def rate(work):
+        """Images/s of a call that handles one batch: the median of five rounds of 0.2 s or more."""
+        timer = timeit.Timer(work, timer=clock)
+        calls, _ = timer.autorange()
+        return size * calls / statistics.median(timer.repeat(5, calls))
+
     rows = []
     for config in sorted(handful, key=count_macs):
         learner, feed = Learner(ResNet20(*shape, args.layers), args.device, args.amp), endless()
         x, y = next(feed)
-        train = rate(lambda: learner.train(*next(feed), config, 1e-3)[0]) * size
-        score = rate(lambda: learner.score(x, y, config)) * size
-        fetch = rate(lambda: next(feed)[1]) * size
+        train = rate(lambda: learner.train(*next(feed), config, 1e-3))
+        score = rate(lambda: learner.score(x, y, config))
+        fetch = rate(lambda: next(feed))
         macs = count_macs(config, *shape)
         rows.append([show(config), f"{macs / 1e6:.1f}", f"{train:.0f}", f"{score:.0f}", f"{3 * macs * train / 1e9:.0f}",
                      f"{100 * train / fetch:.1f}%"])

@@ -17,8 +17,9 @@ import time
 
 import torch
 
-from common import (RANK, WORLD, Learner, ResNet20, Run, UserError, batches, cosine_lr, count_macs, default_config,
-                    derive_seed, evaluate, load_json, parse, parse_config, pooling_configs, run_main, say, shard, show)
+from common import (RANK, WORLD, Learner, ResNet20, Run, UserError, batches, check_config, cosine_lr, count_macs,
+                    default_config, derive_seed, evaluate, load_json, parse, pooling_configs, run_main, say, shard,
+                    show)
 
 
 def train_network(config, data, run, seed, name):
@@ -137,6 +138,16 @@ def main():
             time.sleep(0.1)
         say()
         run.print_results(list(results.values()), "test_acc")
+
+
+def parse_config(text, layers=10, scales=3, size=32):
+    """A configuration from text, "4,3,3" to (4, 3, 3). Raises UserError when it does not fit."""
+    try:
+        return check_config([int(part) for part in text.strip("[]()").split(",")], layers, scales, size)
+    except ValueError as error:
+        reason = error if str(error).startswith("configuration") else f"configuration {text}: not whole numbers"
+        example = ",".join(map(str, default_config(layers, scales)))
+        raise UserError(f"--config: {reason}; write it like {example}") from None
 
 
 def claim(run, todo):
