@@ -154,8 +154,9 @@ def search(args, run, truth, against):
     print_table(["configuration", *(f"model {m}" for m in range(models)), *(f"steps {m}" for m in range(models))], [
         [show(config), *(f"{p:.2f}{'*' if m == row.argmax() else ' '}" for m, p in enumerate(row)), *counts[i]]
         for i, (config, row) in enumerate(zip(configs, probs))])
-    owned = torch.bincount(probs.argmax(1), minlength=models).tolist()
-    say("configurations owned: " + ", ".join(f"model {m}: {n}" for m, n in enumerate(owned)) + "\n")
+    owned = [[r["val_acc"] for r in scores if r["model"] == m] for m in range(models)]
+    say("configurations owned, and their mean accuracy: " + ", ".join(
+        f"model {m}: {len(own)}" + (f" ({np.mean(own):.4f})" if own else "") for m, own in enumerate(owned)) + "\n")
     run.print_results(scores, "val_acc", rank)
 
 
