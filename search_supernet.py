@@ -182,10 +182,10 @@ def search(args, run, truth, against):
             timed = timeit.repeat(lambda: single(image).sum().item(), number=1, repeat=21)  # item() waits
         budgets.append({"budget": max(scores[i]["macs"] for i in members), "config": best["config"],
                         "macs": best["macs"], "val_acc": best["val_acc"],
-                        "calibrated_val_acc": evaluate(single, scoring, best["config"], device),
+                        "calibrated_val_acc": evaluate(single, scoring, best["config"], device, run.amp),
                         "seconds_per_image": statistics.median(timed)})
         if args.test:
-            budgets[-1]["test_acc"] = evaluate(single, data.test, best["config"], device)
+            budgets[-1]["test_acc"] = evaluate(single, data.test, best["config"], device, run.amp)
     passes = args.epochs * steps * args.batch_size * (3 if prioritized else 1)
     rank = rank_report(scores, truth, against, args.max_macs)
     run.report(data, scores, "val_acc", (len(training), len(scoring), len(data.test) if args.test else 0),

@@ -3,12 +3,13 @@
     python -m pytest -q test_smoke.py
 """
 import contextlib
-import importlib
+import importlib.util
 import itertools
 import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -27,6 +28,7 @@ import common
 from common import (Dataset, Learner, ResNet20, Split, UserError, balanced_order, batches, check_config, count_macs,
                     count_params, crop_and_flip, default_config, evaluate, halves, kendall_tau, load_dataset, load_json,
                     pareto, parse_macs, pooling_configs, rank_report, save_json)
+from results import report
 from search_mixture import Assignment, balance
 from search_supernet import Pools, extract_network
 
@@ -196,6 +198,11 @@ def test_tau_against_a_count_of_pairs():
         x, y = ([rng.randrange(1 + n // 2) for _ in range(n)] for _ in range(2))
         x[0], y[0] = -1, -2
         assert kendall_tau(x, y) == pytest.approx(brute_tau(x, y))
+        within = [(i, j) for i, j in itertools.combinations(range(n), 2) if i % 3 == j % 3]
+        total = sum(np.sign((x[i] - x[j]) * (y[i] - y[j])) for i, j in within)
+        untied = [sum(v[i] != v[j] for i, j in within) for v in (x, y)]
+        again = report.tau_within(x, y, [i % 3 for i in range(n)])
+        assert again is None if 0 in untied else again == pytest.approx(total / (untied[0] * untied[1]) ** 0.5)
     assert kendall_tau([1, 1], [1, 2]) is None
 
 
@@ -723,23 +730,44 @@ def test_a_full_disk_is_one_line_and_loses_nothing(monkeypatch, capsys):
     assert code == 0 and "going on" in out
 
 
-# ---- the README ------------------------------------------------------------------------------------------------------
+# ---- the report and the README ---------------------------------------------------------------------------------------
 
-def test_the_readmes_ranking_tables_are_the_files():
-    text = (HERE / "README.md").read_text()
-    for name in ("synthetic", "cifar10-jpeg"):
-        for label, file in (("naive SuperNet", "supernet"), ("balanced mixture, M = 4", "mixture"),
-                            ("prioritised SuperNet (PSS-Net)", "supernet_prioritized")):
-            if name == "synthetic" and "prioritised" in label:
-                continue
-            data = load_json(HERE / "results" / name / f"{file}.json", file.split("_")[0], name)
-            rank, best = data["rank"], ",".join(map(str, data["best"]["config"]))
-            assert f"| {label} | {rank['kendall_tau']:.2f} | {100 * rank['regret']:.2f} | [{best}] |" in text
-            assert f"| by multiply-adds alone | {rank['kendall_tau_macs']:.2f} |" in text
-            again = rank_report(data["results"], *truth_beside(name))
-            assert again["kendall_tau"] == pytest.approx(rank["kendall_tau"])
+def test_the_report_needs_matplotlib_for_its_pictures_only(tmp_path, monkeypatch, capsys):
+    for file in (HERE / "results" / "synthetic").glob("*.json"):
+        shutil.copy(file, tmp_path)
+    if importlib.util.find_spec("matplotlib"):
+        code, out, _ = call(monkeypatch, capsys, "results.report", tmp_path, "--truth", common.PUBLISHED)
+        assert code == 0 and {p.name for p in tmp_path.glob("*.png")} == {"pooling.png", "searches.png"}
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were missing
+    code, out, err = call(monkeypatch, capsys, "results.report", tmp_path)
+    assert code == 2 and err.count("\n") == 1 and "pip install matplotlib" in err and "| naive SuperNet |" in out
+    code, _, err = call(monkeypatch, capsys, "results.report", tmp_path / "none")
+    assert code == 2 and err.count("\n") == 1 and "single.json" in err
 
 
-def truth_beside(name):
-    path = HERE / "results" / name / "single.json" if name == "synthetic" else common.PUBLISHED
-    return {tuple(r["config"]): r["test_acc"] for r in load_json(path)["results"]}, path.name
+@pytest.mark.parametrize("name", ["synthetic", "cifar10-jpeg"])
+def test_the_readmes_results_are_the_files(name):
+    text, folder = (HERE / "README.md").read_text(), HERE / "results" / name
+    single = load_json(folder / "single.json", "single", name)
+    truths = {"own": {tuple(r["config"]): r["test_acc"] for r in single["results"]}}
+    assert set(truths["own"]) == set(pooling_configs())
+    if name != "synthetic":
+        truths["published"] = {tuple(r["config"]): r["test_acc"] for r in load_json(common.PUBLISHED)["results"]}
+    searches = [load_json(path) for path in sorted(folder.rglob("*.json"), reverse=True)]
+    searches = [search for search in searches if search["stage"] in ("supernet", "mixture")]
+    lines = report.table(searches, truths)
+    assert len(lines) > 3 and all(line in text for line in lines)
+    for search in searches:  # the figures of a line against pairs counted here
+        true = [truths["own"][tuple(r["config"])] for r in search["results"]]
+        tau, best = brute_tau([r["val_acc"] for r in search["results"]], true), true[0]
+        assert any(f"[{','.join(map(str, search['best']['config']))}]" in line and f" {tau or 0:.2f}" in line and
+                   f" {1 + sum(v > best for v in true)} ({100 * (max(true) - best):.2f})" in line for line in lines)
+    for entry in (single["results"][0], single["default"]):
+        assert re.search(rf"\[{','.join(map(str, entry['config']))}\] .*{entry['test_acc']:.4f}", text)
+    for path in folder.rglob("*unbalanced.json"):
+        shares = sorted(np.mean(load_json(path)["probabilities"], 0), reverse=True)
+        assert ", ".join(f"{share:.2f}" for share in shares) in " ".join(text.split())
+    for path in folder.glob("retrain.json"):
+        for entry in load_json(path)["results"]:
+            config, figures = ",".join(map(str, entry["config"])), f"{entry['test_acc']:.4f} +{entry['std']:.4f}"
+            assert re.search(rf"\[{config}\] .* {figures} +{len(entry['runs'])} ", text)
