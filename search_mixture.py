@@ -3,7 +3,7 @@
     python search_mixture.py                                 # CIFAR-10, the paper's settings: M = 4, 100 epochs
     python search_mixture.py --dataset food101               # Food-101 at 128 pixels, stem of stride 4
     python search_mixture.py --dataset path/to/images        # a folder with train/<class>/* and test/<class>/*
-    python search_mixture.py --dataset synthetic             # minutes on a laptop
+    python search_mixture.py --dataset synthetic             # a few minutes on a laptop
     python search_mixture.py --shared-epochs 30              # small budgets: start all models from one SuperNet
     torchrun --nproc_per_node=2 search_mixture.py            # data-parallel, the same global batch
 
@@ -14,12 +14,15 @@ the pair on one validation batch, and moves W[a, m] towards that score. No earli
 Paper: Javan, Toews, Pedersoli, AutoML 2023, arXiv 2306.11982, section 4. Writes mixture.json, and mixture.pt.
 """
 import copy
+import time
 
 import numpy as np
 import torch
 
-from common import (Learner, ResNet20, Run, batches, cosine_lr, derive_seed, evaluate, halves, load_truth, number,
-                    parse, print_table, rank_report, run_main, say, shard, show)
+from common import (RANK, WORLD, Learner, ResNet20, average_over_ranks, cosine_lr, default_config, derive_seed,
+                    evaluate, from_rank_0, halves, load_checkpoint, log_epoch, open_stage, parse, pooling_configs,
+                    print_ranks, print_results, print_table, rank_against_single, result_fields, run_main,
+                    save_checkpoint, say, show, steps_per_epoch, training_batches, write_stage)
 
 
 def balance(probs, tolerance=1e-8, rounds=10_000):
@@ -74,90 +77,86 @@ class Assignment:
 
 
 def main():
-    def options(parser):
-        parser.add_argument("--models", type=number(), default=4, help="M, the sets of weights; default 4")
-        parser.add_argument("--shared-epochs", type=number(int, 0), default=0, help="extension: epochs that train one "
-                            "shared SuperNet, whose weights then start all models; default 0 (paper)")
-        parser.add_argument("--no-balance", action="store_true", help="leave p(model | configuration) unbalanced, to "
-                            "see what happens: one model takes everything")
-    args = parse(__doc__, "search", options)
-    truth, against = load_truth(args)
-    with Run(args, "mixture", hidden={"limit_test"}) as run:
-        search(args, run, truth, against)
+    def options(add):
+        add("--models", type=int, default=4, help="M, the sets of weights; default 4")
+        add("--shared-epochs", type=int, default=0, help="extension, not in the paper: epochs that train one shared "
+            "SuperNet, whose weights then start all models; default 0")
+        add("--no-balance", action="store_true", help="leave p(model | configuration) unbalanced, to see what happens")
+    with open_stage(parse(__doc__, options, synthetic_epochs=24), "mixture", ignore={"limit_test"}) as stage:
+        search(*stage)
 
 
-def search(args, run, truth, against):
+def search(args, data, settings):
     """The search of the paper, section 4, from the arguments to mixture.json."""
-    data, device, configs, models = run.load_data(), run.device, run.configs, args.models
+    configs, device, checkpoint = pooling_configs(args.layers, args.scales), args.device, args.out / "mixture.pt"
     training, scoring = halves(data.train, args.seed)
-    steps = min(run.steps(training), run.steps(scoring))
+    steps = min(steps_per_epoch(half, args.batch_size, WORLD) for half in (training, scoring))
     learners = []
-    for m in range(models):
-        torch.manual_seed(derive_seed(args.seed, m))
-        net = ResNet20(training.pixels.shape[-1], len(data.classes), run.stem, args.layers, "shared")
-        learners.append(Learner(net, device, run.amp, weight_decay=args.weight_decay, parallel=shard()[1] > 1))
-    assignment = Assignment(len(configs), models)
-    state = run.load() or {"epoch": 0, "step": 0, "history": [], "scores": [], "log": torch.zeros(2, steps)}
-    history, scores = state["history"], state["scores"]
-    if "learners" in state:
-        assignment.W, assignment.counts = state["W"], state["counts"]
+    for m in range(args.models):
+        torch.manual_seed(derive_seed("weights", args.seed, m))
+        net = ResNet20(data.train.pixels.shape[-1], len(data.classes), args.stem, args.layers, norm="shared")
+        learners.append(Learner(net, device, args.amp, args.weight_decay, parallel=WORLD > 1))
+    assignment = Assignment(len(configs), args.models)
+    history, state = [], from_rank_0(load_checkpoint(checkpoint))
+    if state:
+        history, assignment.W, assignment.counts = state["history"], state["W"], state["counts"]
         for learner, saved in zip(learners, state["learners"]):
             learner.load_state_dict(saved)
-
-    def snapshot(epoch, step):
-        run.agree(log)
-        return {"epoch": epoch, "step": step, "history": history, "scores": scores, "log": log.cpu(),
-                "W": assignment.W, "counts": assignment.counts, "learners": [x.state_dict() for x in learners]}
+        say(f"going on after epoch {len(history)}")
 
     # ---- the search -------------------------------------------------------------------------------------------------
-    log = state["log"].to(device)  # loss and validation accuracy of each step, read once an epoch
-    for epoch in range(state["epoch"], args.epochs):
-        start, shared = state["step"] if epoch == state["epoch"] else 0, epoch < args.shared_epochs
+    for epoch in range(len(history), args.epochs):
+        began, log = time.monotonic(), torch.zeros(2, steps, device=device)  # loss and validation accuracy
         probs = assignment.probabilities(epoch / max(1, args.epochs - 1), not args.no_balance)
-        drawn, owners = assignment.draw(probs, steps, derive_seed(args.seed, epoch, 2))
-        if shared:
+        drawn, owners = assignment.draw(probs, steps, derive_seed("draw", args.seed, epoch))
+        if epoch < args.shared_epochs:
             owners = np.zeros_like(owners)
-        feed = batches(training, args.batch_size, device, derive_seed(args.seed, epoch, 0), True, start, shard())
-        check = batches(scoring, args.batch_size, device, derive_seed(args.seed, epoch, 1), False, start, shard())
-        for step, (x, y) in enumerate(feed, start):
+        feed = training_batches(training, args.batch_size, device, derive_seed("order", args.seed, epoch),
+                                rank=RANK, world=WORLD)
+        check = training_batches(scoring, args.batch_size, device, derive_seed("scoring order", args.seed, epoch),
+                                 augment=False, rank=RANK, world=WORLD)
+        for step, (train_batch, scoring_batch) in enumerate(zip(feed, check)):
             config, learner = configs[drawn[step]], learners[owners[step]]
-            lr = cosine_lr(epoch * steps + step, args.epochs * steps, args.lr)
-            log[0, step], _ = learner.train(x, y, config, lr)
-            log[1, step] = learner.score(*next(check), config)
-            run.tick(snapshot, epoch, step, steps)
-        run.agree(log)
-        if not shared:
+            lr = cosine_lr(epoch * steps + step, args.epochs * steps, args.lr, args.warm_up)
+            log[0, step] = learner.train(*train_batch, config, lr)[0]
+            log[1, step] = learner.score(*scoring_batch, config)
+        average_over_ranks(log)
+        if epoch >= args.shared_epochs:
             assignment.update(drawn, owners, log[1].tolist())
         elif epoch + 1 == args.shared_epochs:
             for learner in learners[1:]:
                 learner.load_state_dict(copy.deepcopy(learners[0].state_dict()))
-        history.append(run.epoch_line(epoch, steps, {"loss": log[0], "val_acc": log[1]}))
-        run.save(snapshot(epoch + 1, 0))
+        loss, accuracy = log.mean(1).tolist()
+        if RANK == 0:
+            history.append(log_epoch(epoch, args, {"loss": loss, "val_acc": accuracy}, began, steps))
+            save_checkpoint(checkpoint, {"history": history, "W": assignment.W, "counts": assignment.counts,
+                                         "learners": [learner.state_dict() for learner in learners], "args": settings})
 
     # ---- every configuration on the whole scoring half, with its most probable model ---------------------------------
+    began, results = time.monotonic(), []
     probs = assignment.probabilities(1.0, not args.no_balance)
-    for i in range(len(scores), len(configs)):
-        m = int(probs[i].argmax())
-        accuracy = evaluate(learners[m].model, scoring, configs[i], device, run.amp, args.batch_size)
-        scores.append({**run.entry(configs[i], data, "shared"), "val_acc": accuracy, "model": m})
-        run.save(snapshot(args.epochs, i + 1))
-        run.tick(snapshot, args.epochs, i, len(configs))
+    for config, m in zip(configs, probs.argmax(1).tolist()):
+        accuracy = evaluate(learners[m].model, scoring, config, device, args.amp, args.batch_size)
+        results.append({**result_fields(config, data, args), "val_acc": round(accuracy, 6), "model": m})
+    seconds = sum(entry["seconds"] for entry in history) + time.monotonic() - began
+    counts = assignment.counts.tolist()
+    write_stage(args, "mixture", data, settings, results, "val_acc", (len(training), len(scoring), 0), seconds,
+                rank=rank_against_single(args, results), configs=[list(config) for config in configs],
+                probabilities=[[round(p, 6) for p in row] for row in probs.tolist()],
+                W=[[round(w, 6) for w in row] for row in assignment.W.tolist()], trained=counts, history=history)
 
-    # ---- report -----------------------------------------------------------------------------------------------------
-    counts, rank = assignment.counts.tolist(), rank_report(scores, truth, against, args.max_macs)
-    run.report(data, scores, "val_acc", (len(training), len(scoring), 0), run.seconds(), args.max_macs,
-               rank=rank, configs=[list(c) for c in configs],
-               probabilities=[[round(p, 6) for p in row] for row in probs.tolist()],
-               W=[[round(w, 6) for w in row] for row in assignment.W.tolist()], trained=counts,
-               image_passes=args.epochs * steps * args.batch_size, history=history)
     say("\np(model | configuration), * where it is the owner, and how often each pair was trained")
-    print_table(["configuration", *(f"model {m}" for m in range(models)), *(f"steps {m}" for m in range(models))], [
-        [show(config), *(f"{p:.2f}{'*' if m == row.argmax() else ' '}" for m, p in enumerate(row)), *counts[i]]
-        for i, (config, row) in enumerate(zip(configs, probs))])
-    owned = [[r["val_acc"] for r in scores if r["model"] == m] for m in range(models)]
-    say("configurations owned, and their mean accuracy: " + ", ".join(
-        f"model {m}: {len(own)}" + (f" ({np.mean(own):.4f})" if own else "") for m, own in enumerate(owned)) + "\n")
-    run.print_results(scores, "val_acc", rank)
+    models = range(args.models)
+    print_table(["configuration", *(f"model {m}" for m in models), *(f"steps {m}" for m in models)], [
+        [show(config), *(f"{p:.2f}{'*' if m == row.argmax() else ' '}" for m, p in enumerate(row)), *trained]
+        for config, row, trained in zip(configs, probs, counts)])
+    for m in models:
+        own = [r["val_acc"] for r in results if r["model"] == m]
+        say(f"model {m} owns {len(own)} configurations, mean accuracy {np.mean(own or [0]):.4f}")
+    say()
+    print_results(results, "val_acc", default_config(args.layers, args.scales))
+    print_ranks(args)
+    say(f"wrote {args.out / 'mixture.json'}")
 
 
 if __name__ == "__main__":

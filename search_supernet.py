@@ -1,7 +1,7 @@
 """Stage 2, the naive SuperNet (single path one-shot): one set of weights for all pooling configurations.
 
     python search_supernet.py                              # CIFAR-10, the paper's 100 epochs
-    python search_supernet.py --dataset synthetic          # minutes on a laptop
+    python search_supernet.py --dataset synthetic          # a minute on a laptop
     python search_supernet.py --dataset path/to/images     # a folder with train/<class>/* and test/<class>/*
     python search_supernet.py --sampler prioritized        # PSS-Net: good at every budget of multiply-adds
     torchrun --nproc_per_node=2 search_supernet.py         # data-parallel, the same global batch
@@ -16,15 +16,19 @@ prioritised sampling: Chen, Lin, Ji, Cao, "Prioritized Subnet Sampling for Resou
 """
 import itertools
 import statistics
+import time
 import timeit
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import (Learner, ResNet20, Run, UserError, autocast, batches, cosine_lr, count_macs, derive_seed, evaluate,
-                    halves, load_truth, number, parse, pooling_configs, print_table, rank_report, run_main, say, shard,
-                    show)
+from common import (RANK, WORLD, Learner, ResNet20, UserError, average_over_ranks, cosine_lr, count_macs,
+                    default_config, derive_seed, evaluate, from_rank_0, halves, label_loss, load_checkpoint, log_epoch,
+                    open_stage, parse, pooling_configs, print_ranks, print_results, print_table, rank_against_single,
+                    result_fields, run_main, save_checkpoint, say, show, steps_per_epoch, training_batches,
+                    write_stage)
 
 
 class Pools:
@@ -37,8 +41,6 @@ class Pools:
     score: running average (0.9) of minus the loss, None before the first; members: the pool of each class."""
 
     def __init__(self, macs, pools, size):
-        if pools > len(macs):
-            raise UserError(f"--pools {pools} is more than the {len(macs)} configurations: lower it")
         order = np.argsort(macs, kind="stable")
         self.classes = [part.tolist() for part in np.array_split(order, pools)]
         self.size, self.score, self.members = size, [None] * len(macs), [[] for _ in self.classes]
@@ -70,22 +72,16 @@ class Pools:
                 pool.remove(min(pool, key=lambda j: self.score[j]))
 
 
-def prioritized_step(learner, largest, smallest):
-    """The PSS-Net step: a function (x, y, config) that trains three configurations at once with one SGD step.
+def prioritized_loss(largest, smallest, network, x, y, config):
+    """PSS-Net's loss, a function like `label_loss` when the first two configurations are given.
 
-    The largest learns the labels, the smallest and the drawn one the largest one's output (KL divergence). Returns
-    the drawn one's (cross-entropy on the labels, accuracy), as `Learner.train_step` does."""
-    def step(x, y, config):
-        learner.model.train()
-        learner.optimizer.zero_grad()
-        with autocast(learner.device, learner.amp):
-            teacher, *students = (learner.model(x, c).float() for c in (largest, smallest, config))
-        target = teacher.detach().log_softmax(1)
-        learner.update(F.cross_entropy(teacher, y) + sum(
-            F.kl_div(student.log_softmax(1), target, reduction="batchmean", log_target=True) for student in students))
-        logits = students[-1].detach()
-        return F.cross_entropy(logits, y), (logits.argmax(1) == y).float().mean()
-    return step
+    The largest learns the labels, the smallest and the drawn one the largest one's output (KL divergence)."""
+    loss, teacher = label_loss(network, x, y, largest)
+    target = teacher.detach().log_softmax(1)
+    for student in (smallest, config):
+        logits = network(x, student).float()
+        loss = loss + F.kl_div(logits.log_softmax(1), target, reduction="batchmean", log_target=True)
+    return loss, logits
 
 
 @torch.no_grad()
@@ -108,95 +104,91 @@ def extract_network(weights, config, feed, classes=10, channels=3, stem=1):
 
 
 def main():
-    def options(parser):
-        o = parser.add_argument
-        o("--sampler", choices=["uniform", "prioritized"], default="uniform", help="uniform single path, or PSS-Net's "
-          "prioritised sampling, whose steps train three configurations; default uniform")
-        o("--pools", type=number(), help="classes of multiply-adds, the rows of the budget table; default 6, or one "
-          "for each configuration where there are fewer")
-        o("--pool-size", type=number(), default=3, help="configurations that a prioritised pool keeps; default 3")
-        o("--test", action="store_true", help="also test the networks of the budget table on the test images")
-    args = parse(__doc__, "search", options)
-    args.pools = args.pools or min(6, len(pooling_configs(args.layers, args.scales)))
-    truth, against = load_truth(args)
-    hidden = {"limit_test", *(("pools", "pool_size") if args.sampler == "uniform" else ())}  # these change no training
-    with Run(args, "supernet", hidden=hidden) as run:
-        search(args, run, truth, against)
+    def options(add):
+        add("--sampler", choices=["uniform", "prioritized"], default="uniform", help="uniform (default) single "
+            "path, or PSS-Net's prioritised sampling, whose steps train three configurations")
+        add("--pools", type=int, default=6, help="classes of multiply-adds, rows of the budget table; default 6")
+        add("--pool-size", type=int, default=3, help="configurations that a prioritised pool keeps; default 3")
+    args = parse(__doc__, options, synthetic_epochs=24)
+    if args.pools > args.space["size"]:
+        raise UserError(f"--pools {args.pools} is more than the {args.space['size']} configurations: lower it")
+    unused = {"pools", "pool_size"} if args.sampler == "uniform" else set()  # they shape the table of budgets only
+    with open_stage(args, "supernet", ignore={"limit_test", *unused}) as stage:
+        search(*stage)
 
 
-def search(args, run, truth, against):
+def search(args, data, settings):
     """From the arguments to supernet.json."""
-    pools = Pools([count_macs(c, stem=run.stem) for c in run.configs], args.pools, args.pool_size)
-    data, device, configs, prioritized = run.load_data(), run.device, run.configs, args.sampler == "prioritized"
+    configs, device, checkpoint = pooling_configs(args.layers, args.scales), args.device, args.out / "supernet.pt"
+    fields = [result_fields(config, data, args) for config in configs]
     training, scoring = halves(data.train, args.seed)
-    steps = run.steps(training)
-    torch.manual_seed(derive_seed(args.seed, 0))
-    shape = {"channels": training.pixels.shape[-1], "classes": len(data.classes), "stem": run.stem}
-    net = ResNet20(**shape, layers=args.layers, norm="shared")
-    learner = Learner(net, device, run.amp, weight_decay=args.weight_decay, parallel=shard()[1] > 1)
-    if prioritized:
+    steps = steps_per_epoch(training, args.batch_size, WORLD)
+    pools, loss = Pools([entry["macs"] for entry in fields], args.pools, args.pool_size), label_loss
+    if args.sampler == "prioritized":
         by_cost = sorted(configs, key=count_macs)
-        learner.use(prioritized_step(learner, by_cost[-1], by_cost[0]))
-    state = run.load() or {"epoch": 0, "step": 0, "history": [], "scores": [], "log": torch.zeros(2, steps)}
-    history, scores = state["history"], state["scores"]
-    if "learner" in state:
+        loss = partial(prioritized_loss, by_cost[-1], by_cost[0])
+    torch.manual_seed(derive_seed("weights", args.seed))
+    channels, classes = data.train.pixels.shape[-1], len(data.classes)
+    net = ResNet20(channels, classes, args.stem, args.layers, norm="shared")
+    learner = Learner(net, device, args.amp, args.weight_decay, loss=loss, parallel=WORLD > 1)
+    history, state = [], from_rank_0(load_checkpoint(checkpoint))
+    if state:
         learner.load_state_dict(state["learner"])
-        pools.score, pools.members = state["score"], state["members"]
-
-    def snapshot(epoch, step):
-        run.agree(log)
-        return {"epoch": epoch, "step": step, "history": history, "scores": scores, "log": log.cpu(),
-                "score": pools.score, "members": pools.members, "learner": learner.state_dict()}
+        history, pools.score, pools.members = state["history"], state["score"], state["members"]
+        say(f"going on after epoch {len(history)}")
 
     # ---- the search -------------------------------------------------------------------------------------------------
-    log = state["log"].to(device)  # loss and accuracy of each step, read once an epoch
-    for epoch in range(state["epoch"], args.epochs):
-        start = state["step"] if epoch == state["epoch"] else 0
-        progress = epoch / max(1, args.epochs - 1) if prioritized else 0.0  # at 0 every draw is uniform
-        drawn = pools.draw(steps, progress, derive_seed(args.seed, epoch, 2))
-        feed = batches(training, args.batch_size, device, derive_seed(args.seed, epoch, 0), True, start, shard())
-        for step, (x, y) in enumerate(feed, start):
-            lr = cosine_lr(epoch * steps + step, args.epochs * steps, args.lr)
-            log[0, step], log[1, step] = learner.train(x, y, configs[drawn[step]], lr)
-            run.tick(snapshot, epoch, step, steps)
-        run.agree(log)
-        pools.update(drawn, log[0].tolist())
-        history.append(run.epoch_line(epoch, steps, {"loss": log[0], "train_acc": log[1]}))
-        run.save(snapshot(epoch + 1, 0))
+    for epoch in range(len(history), args.epochs):
+        began, log = time.monotonic(), torch.zeros(steps, 2, device=device)  # loss and accuracy, read once an epoch
+        progress = epoch / max(1, args.epochs - 1) if args.sampler == "prioritized" else 0.0  # at 0: uniform
+        drawn = pools.draw(steps, progress, derive_seed("draw", args.seed, epoch))
+        order = derive_seed("order", args.seed, epoch)
+        feed = training_batches(training, args.batch_size, device, order, rank=RANK, world=WORLD)
+        for step, (x, y) in enumerate(feed):
+            lr = cosine_lr(epoch * steps + step, args.epochs * steps, args.lr, args.warm_up)
+            log[step] = learner.train(x, y, configs[drawn[step]], lr)
+        average_over_ranks(log)
+        pools.update(drawn, log[:, 0].tolist())
+        mean_loss, accuracy = log.mean(0).tolist()
+        if RANK == 0:
+            history.append(log_epoch(epoch, args, {"loss": mean_loss, "train_acc": accuracy}, began, steps))
+            save_checkpoint(checkpoint, {"history": history, "score": pools.score, "members": pools.members,
+                                         "learner": learner.state_dict(), "args": settings})
 
     # ---- every configuration on the whole scoring half ---------------------------------------------------------------
-    for i in range(len(scores), len(configs)):
-        accuracy = evaluate(net, scoring, configs[i], device, run.amp, args.batch_size)
-        scores.append({**run.entry(configs[i], data, "shared"), "val_acc": accuracy})
-        run.save(snapshot(args.epochs, i + 1))
-        run.tick(snapshot, args.epochs, i, len(configs))
+    began, results = time.monotonic(), []
+    for config, entry in zip(configs, fields):
+        accuracy = evaluate(net, scoring, config, device, args.amp, args.batch_size)
+        results.append({**entry, "val_acc": round(accuracy, 6)})
 
     # ---- one network for each budget ---------------------------------------------------------------------------------
     budgets = []
     for members, kept in zip(pools.classes, pools.members):
-        best = max((scores[i] for i in (kept if prioritized and kept else members)), key=lambda r: r["val_acc"])
-        feed = batches(training, args.batch_size, device, derive_seed(args.seed, 0, 3))
-        single = extract_network(net.state_dict(), best["config"], itertools.islice(feed, 8), **shape)
-        image, _ = next(batches(training, 1, device))
+        budget = max(results[i]["macs"] for i in members)
+        if args.sampler == "prioritized" and kept:
+            members = kept
+        best = max((results[i] for i in members), key=lambda r: r["val_acc"])
+        feed = training_batches(training, args.batch_size, device, derive_seed("calibration", args.seed))
+        feed = list(itertools.islice(feed, 8))
+        single = extract_network(net.state_dict(), best["config"], feed, classes, channels, args.stem)
+        image = feed[0][0][:1]
         with torch.no_grad():
             timed = timeit.repeat(lambda: single(image).sum().item(), number=1, repeat=21)  # item() waits
-        budgets.append({"budget": max(scores[i]["macs"] for i in members), "config": best["config"],
-                        "macs": best["macs"], "val_acc": best["val_acc"],
-                        "calibrated_val_acc": evaluate(single, scoring, best["config"], device, run.amp),
+        budgets.append({"budget": budget, **best,
+                        "calibrated_val_acc": evaluate(single, scoring, best["config"], device, args.amp),
                         "seconds_per_image": statistics.median(timed)})
-        if args.test:
-            budgets[-1]["test_acc"] = evaluate(single, data.test, best["config"], device, run.amp)
-    passes = args.epochs * steps * args.batch_size * (3 if prioritized else 1)
-    rank = rank_report(scores, truth, against, args.max_macs)
-    run.report(data, scores, "val_acc", (len(training), len(scoring), len(data.test) if args.test else 0),
-               run.seconds(), args.max_macs, rank=rank, budgets=budgets, image_passes=passes, history=history)
+    seconds = sum(entry["seconds"] for entry in history) + time.monotonic() - began
+    write_stage(args, "supernet", data, settings, results, "val_acc", (len(training), len(scoring), 0), seconds,
+                rank=rank_against_single(args, results), budgets=budgets, history=history)
+
     say("\nbudgets, in multiply-adds: the configuration kept, with the shared weights, and calibrated by itself")
-    print_table(["budget", "configuration", "M multiply-adds", "val acc", "calibrated", "ms per image", "test acc"], [
+    print_table(["budget", "configuration", "M multiply-adds", "val acc", "calibrated", "ms per image"], [
         [f"{b['budget'] / 1e6:.1f}M", show(b["config"]), f"{b['macs'] / 1e6:.1f}", f"{b['val_acc']:.4f}",
-         f"{b['calibrated_val_acc']:.4f}", f"{1e3 * b['seconds_per_image']:.2f}",
-         f"{b['test_acc']:.4f}" if args.test else None] for b in budgets])
+         f"{b['calibrated_val_acc']:.4f}", f"{1e3 * b['seconds_per_image']:.2f}"] for b in budgets])
     say()
-    run.print_results(scores, "val_acc", rank)
+    print_results(results, "val_acc", default_config(args.layers, args.scales))
+    print_ranks(args)
+    say(f"wrote {args.out / 'supernet.json'}")
 
 
 if __name__ == "__main__":

@@ -6,156 +6,128 @@
     python train_single.py --dataset synthetic --config all  # minutes on a laptop
     torchrun --nproc_per_node=8 train_single.py --config all # ranks share the configurations, and GPUs round robin
 
-Several machines: `torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500
-train_single.py --config all` on each. Configurations with a run of the same seed in single.json are skipped.
+Every finished network is a file in the folder `single` of --out and is not trained again; at the end they are
+gathered in single.json. Several machines: add `--nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500` on each.
 
-Paper: Javan, Toews, Pedersoli, AutoML 2023, arXiv 2306.11982, section 5. Writes single.json.
+Paper: Javan, Toews, Pedersoli, AutoML 2023, arXiv 2306.11982, section 5.
 """
-import json
 import statistics
 import time
 
 import torch
+import torch.distributed as dist
 
-from common import (RANK, WORLD, Learner, ResNet20, Run, UserError, batches, check_config, cosine_lr, count_macs,
-                    default_config, derive_seed, evaluate, load_json, parse, pooling_configs, run_main, say, shard,
-                    show)
+from common import (RANK, WORLD, Learner, ResNet20, UserError, average_over_ranks, cosine_lr, count_macs,
+                    default_config, derive_seed, evaluate, from_rank_0, load_checkpoint, load_json, log_epoch,
+                    open_stage, parse, pooling_configs, print_results, result_fields, run_main, save_checkpoint,
+                    save_json, say, show, steps_per_epoch, training_batches, write_stage)
 
 
-def train_network(config, data, run, seed, name):
+def train_network(config, seed, data, args, settings, folder, parallel=False, note=None):
     """Train one ResNet20 from scratch on the training split and test it (stages 1 and 4; paper, section 5).
 
-    run: the open Run, for its arguments and checkpoints; seed: of this network, whose initial weights and batches
-    depend on it and on the configuration alone. Returns {"seed", "test_acc", "loss", "train_acc", "seconds"} and the
-    list of its epochs."""
-    args, device, (rank, world) = run.args, run.device, shard()
-    torch.manual_seed(derive_seed(seed, *config))
-    model = ResNet20(data.train.pixels.shape[-1], len(data.classes), run.stem, sum(config))
-    learner = Learner(model, device, run.amp, weight_decay=args.weight_decay, parallel=world > 1)
-    steps = run.steps(data.train)
-    state = run.load(name) or {"epoch": 0, "step": 0, "history": [], "log": torch.zeros(2, steps)}
-    if "learner" in state:
+    Its weights and batches depend on `seed` and the configuration alone. folder: where it leaves a file with `test_acc`
+    (a fraction) and what the dict `note` holds, and until then a checkpoint. parallel: all ranks train it together."""
+    rank, world = (RANK, WORLD) if parallel else (0, 1)
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{'-'.join(map(str, config))}-seed{seed}"
+    torch.manual_seed(derive_seed("weights", seed, *config))
+    model = ResNet20(data.train.pixels.shape[-1], len(data.classes), args.stem, args.layers)
+    learner = Learner(model, args.device, args.amp, args.weight_decay, parallel=world > 1)
+    steps, history = steps_per_epoch(data.train, args.batch_size, world), []
+    state = load_checkpoint(path.with_suffix(".pt"))
+    if world > 1:
+        state = from_rank_0(state)
+    if state:
         learner.load_state_dict(state["learner"])
-    history, log = state["history"], state["log"].to(device)  # loss and accuracy of each step, read once an epoch
-    averages = [b for b in model.buffers() if b.is_floating_point()]  # running statistics, each rank's own
+        history = state["history"]
+        if rank == 0:
+            print(f"{show(config)} goes on after epoch {len(history)}", flush=True)
 
-    def snapshot(epoch, step):
-        run.agree(log, *averages)
-        return {"epoch": epoch, "step": step, "history": history, "log": log.cpu(), "learner": learner.state_dict()}
-
-    for epoch in range(state["epoch"], args.epochs):
-        start = state["step"] if epoch == state["epoch"] else 0
-        feed = batches(data.train, args.batch_size, device, derive_seed(seed, epoch, *config), True, start,
-                       (rank, world))
-        for step, (x, y) in enumerate(feed, start):
-            lr = cosine_lr(epoch * steps + step, args.epochs * steps, args.lr)
-            log[0, step], log[1, step] = learner.train(x, y, config, lr)
-            run.tick(snapshot, epoch, step, steps, name)
-        run.agree(log, *averages)
-        history.append(run.epoch_line(epoch, steps, {"loss": log[0], "train_acc": log[1]}, f"{show(config)} "))
-        run.save(snapshot(epoch + 1, 0), name)
-    result = {"seed": seed, "test_acc": evaluate(model, data.test, config, device, run.amp),
-              "loss": history[-1]["loss"], "train_acc": history[-1]["train_acc"], "seconds": run.seconds(name)}
-    return result, [{"config": list(config), "seed": seed, **entry} for entry in history]
-
-
-def add_run(results, fields, run):
-    """Add a run to its configuration's entry in `results`, a dict by configuration, with mean and deviation."""
-    entry = results.setdefault(tuple(fields["config"]), {**fields, "test_acc": None, "std": None, "runs": []})
-    entry["runs"] = sorted([r for r in entry["runs"] if r["seed"] != run["seed"]] + [run], key=lambda r: r["seed"])
-    accuracies = [r["test_acc"] for r in entry["runs"]]
-    entry["test_acc"] = round(statistics.fmean(accuracies), 6)
-    entry["std"] = round(statistics.stdev(accuracies), 6) if len(accuracies) > 1 else None
+    for epoch in range(len(history), args.epochs):
+        began, order = time.monotonic(), derive_seed("order", seed, epoch, *config)
+        log = torch.zeros(steps, 2, device=args.device)  # loss and accuracy of each step, read once an epoch
+        feed = training_batches(data.train, args.batch_size, args.device, order, rank=rank, world=world)
+        for step, (x, y) in enumerate(feed):
+            lr = cosine_lr(epoch * steps + step, args.epochs * steps, args.lr, args.warm_up)
+            log[step] = learner.train(x, y, config, lr)
+        if world > 1:
+            average_over_ranks(log)
+        loss, accuracy = log.mean(0).tolist()  # waits for the device
+        if rank == 0:
+            entry = log_epoch(epoch, args, {"loss": loss, "train_acc": accuracy}, began, steps, f"{show(config)} ")
+            history.append({"config": list(config), "seed": seed, **entry})
+            save_checkpoint(path.with_suffix(".pt"), {"history": history, "learner": learner.state_dict(),
+                                                      "args": settings})
+    accuracy = evaluate(model, data.test, config, args.device, args.amp)
+    if rank == 0:
+        seconds = round(sum(entry["seconds"] for entry in history), 2)
+        save_json(path.with_suffix(".json"), {"config": list(config), "seed": seed, "test_acc": accuracy,
+                                              "seconds": seconds, **(note or {}), "history": history, "args": settings})
+        path.with_suffix(".pt").unlink(missing_ok=True)
 
 
-def earlier(run):
-    """The results and histories that the folder's JSON of this stage holds: (dict by configuration, list)."""
-    path = run.out / f"{run.stage}.json"
-    data = load_json(path, run.stage) if path.exists() else {"results": []}
-    if not all(isinstance(r.get("runs"), list) for r in data["results"]):
-        raise UserError(f"{path} has a result without its runs; use --fresh to set it aside and start over")
-    return {tuple(r["config"]): r for r in data["results"]}, data.get("history", [])
+def finished_runs(args, stage):
+    """The runs that a stage has finished, on whichever rank's disk: {(configuration, seed): what its file holds}."""
+    mine = []
+    for path in sorted((args.out / stage).glob("*.json")):
+        mine.append(load_json(path))
+        path.with_suffix(".pt").unlink(missing_ok=True)  # left by a kill just after the file was written
+    for path in args.out.glob(f"{stage}.json"):  # perhaps copied here without the folder of runs
+        earlier = load_json(path, "test_acc")
+        for entry, run in [(entry, run) for entry in earlier["results"] for run in entry["runs"]]:
+            epochs = [h for h in earlier["history"] if (h["config"], h["seed"]) == (entry["config"], run["seed"])]
+            mine.insert(0, {**run, "config": entry["config"], "history": epochs, "args": earlier["args"]})
+    everyone = [mine] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(everyone, mine)
+    runs = {(tuple(run["config"]), run["seed"]): run for part in everyone for run in part}
+    return dict(sorted(runs.items()))
 
 
-def write(run, data, results, history, **extra):
-    """Write the stage's JSON, then drop the checkpoints of the runs that it holds."""
-    seconds = round(sum(r["seconds"] for entry in results.values() for r in entry["runs"]), 2)
-    order = sorted(history, key=lambda h: (h["config"], h["seed"], h["epoch"]))
-    run.report(data, list(results.values()), "test_acc", (len(data.train), 0, len(data.test)), seconds,
-               history=order, **extra)
-    for entry in results.values():
-        for r in entry["runs"]:
-            for suffix in (".pt", ".prev.pt"):
-                (run.out / f"{run_name(run, entry['config'], r['seed'])}{suffix}").unlink(missing_ok=True)
+def summarise(runs):
+    """The runs of each configuration, their mean and standard deviation: {configuration: fields of its result}."""
+    entries = {}
+    for config in sorted({config for config, _ in runs}):
+        own = [{key: value for key, value in run.items() if key not in ("config", "history", "args")}
+               for (other, _), run in sorted(runs.items()) if other == config]
+        accuracies = [run["test_acc"] for run in own]
+        entries[config] = {"test_acc": round(statistics.fmean(accuracies), 6),
+                           "std": round(statistics.stdev(accuracies), 6) if len(own) > 1 else None, "runs": own}
+    return entries
 
 
-def run_name(run, config, seed):
-    """The name of one network's checkpoint."""
-    return f"{run.stage}-{'-'.join(map(str, config))}-seed{seed}"
+def parse_config(text, layers, scales):
+    """A configuration from text, "4,3,3" to (4, 3, 3). Raises UserError when it is none of the space."""
+    config = tuple(int(part) if part.strip().isdigit() else 0 for part in text.strip("[]()").split(","))
+    if config not in pooling_configs(layers, scales):
+        raise UserError(f"--config {text}: must be {scales} numbers of layers, at least 1 each and {layers} in all, "
+                        f"such as {','.join(map(str, default_config(layers, scales)))}")
+    return config
 
 
 def main():
-    def options(parser):
-        parser.add_argument("--config", nargs="+", help="configurations such as 4,3,3 7,1,2, or all; default: the "
-                            "usual one, pooling where the channels double")
-    args = parse(__doc__, "alone", options)
-    words = args.config or [",".join(map(str, default_config(args.layers, args.scales)))]
-    configs = pooling_configs(args.layers, args.scales) if words == ["all"] else [
-        parse_config(word, args.layers, args.scales) for word in words]
-    with Run(args, "single", independent=True, hidden={"seed"}) as run:
-        data = run.load_data()
-        results, history = earlier(run)
-        todo = [c for c in dict.fromkeys(configs)
-                if args.seed not in [r["seed"] for r in results.get(c, {"runs": []})["runs"]]]
-        todo.sort(key=count_macs, reverse=True)  # dearest first: no rank gets a long tail
-        todo = [tuple(config) for config in run.same(todo)]  # rank 0 knows what single.json holds
+    args = parse(__doc__, lambda add: add("--config", nargs="+", default=["default"], help="configurations such as "
+                                          "4,3,3 7,1,2, or all; default: pooling where the channels double"))
+    named = {"all": pooling_configs(args.layers, args.scales), "default": [default_config(args.layers, args.scales)]}
+    configs = []
+    for text in args.config:
+        configs += named.get(text) or [parse_config(text, args.layers, args.scales)]
+    with open_stage(args, "single", ignore={"seed"}) as (args, data, settings):
+        done = finished_runs(args, "single")
+        todo = [config for config in dict.fromkeys(configs) if (config, args.seed) not in done]
+        todo.sort(key=count_macs, reverse=True)  # the most expensive first: no rank is left with a long tail
+        for config in todo[RANK::WORLD]:
+            train_network(config, args.seed, data, args, settings, args.out / "single")
 
-        def record(config, result, entries):
-            config = tuple(config)
-            add_run(results, run.entry(config, data), result)
-            history.extend(entries)
-            write(run, data, results, history)
-
-        missing = set(range(len(todo))) if WORLD > 1 and RANK == 0 else set()
-
-        def collect():  # rank 0 writes down what the ranks have finished since
-            for number in sorted(n for n in missing if run.store.check([f"result {n}"])):
-                record(*json.loads(run.store.get(f"result {number}")))
-                missing.remove(number)
-
-        # ---- the loop: train each configuration, write it down as it finishes ----------------------------------------
-        for number, config in claim(run, todo):
-            result, entries = train_network(config, data, run, args.seed, run_name(run, config, args.seed))
-            if WORLD == 1:
-                record(config, result, entries)
-            else:
-                run.store.set(f"result {number}", json.dumps([config, result, entries]))
-                collect()
-        while missing:
-            collect()
-            if code := run.stopping():
-                raise SystemExit(code)
-            time.sleep(0.1)
+        runs = finished_runs(args, "single")
+        results = [{**result_fields(config, data, args), **entry} for config, entry in summarise(runs).items()]
+        write_stage(args, "single", data, settings, results, "test_acc", (len(data.train), 0, len(data.test)),
+                    seconds=sum(run["seconds"] for run in runs.values()),
+                    history=[entry for run in runs.values() for entry in run["history"]])
         say()
-        run.print_results(list(results.values()), "test_acc")
-
-
-def parse_config(text, layers=10, scales=3, size=32):
-    """A configuration from text, "4,3,3" to (4, 3, 3). Raises UserError when it does not fit."""
-    try:
-        return check_config([int(part) for part in text.strip("[]()").split(",")], layers, scales, size)
-    except ValueError as error:
-        reason = error if str(error).startswith("configuration") else f"configuration {text}: not whole numbers"
-        example = ",".join(map(str, default_config(layers, scales)))
-        raise UserError(f"--config: {reason}; write it like {example}") from None
-
-
-def claim(run, todo):
-    """Yield (number, item) of what this rank is to do: all, or under torchrun whatever is next when it is free."""
-    if WORLD == 1:
-        yield from enumerate(todo)
-    while WORLD > 1 and (number := run.store.add("claimed", 1) - 1) < len(todo):
-        yield number, todo[number]
+        print_results(results, "test_acc", *named["default"])
+        say(f"wrote {args.out / 'single.json'}")
 
 
 if __name__ == "__main__":

@@ -1,185 +1,231 @@
-"""A folder of results as pictures and a table: where to pool, what it costs, how well the searches rank.
+"""A folder of results as tables and pictures: where to pool, what it costs, how well searches and proposals do.
 
-    python -m results.report results/cifar10-jpeg      # in the project's folder; pictures need `pip install matplotlib`
-    python -m results.report runs/my_images            # your own
+    python -m results.report results/cifar10-jpeg --truth results/published_cifar10_resnet20.json --simulate
 
-Prints a Markdown table of all searches in the folder and below, one line for each setting, its seeds side by side.
-pooling.png shows the configurations of single.json: a triangle over the two pooling positions, and test accuracy
-against multiply-adds with the Pareto front. searches.png shows the scores of the searches in the folder itself.
-The truth to compare with is the folder's single.json and, where --truth names one, another file.
+Prints a table of all searches in the folder and below, judged by the folder's single.json and by what --truth names.
+pooling.png shows these truths, searches.png scores against the last of them, retrain.png what stage 4 expects and has
+found, simulation.png how soon its proposals find the best. Pictures need matplotlib and three resolutions.
 """
-import argparse
+import itertools
 import math
+from argparse import RawDescriptionHelpFormatter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from common import (Parser, UserError, count_macs, default_config, kendall_tau, load_json, pareto, run_main, show,
-                    whole_file)
+from common import (Parser, UserError, count_macs, default_config, kendall_tau, load_json, pareto, pooling_configs,
+                    run_main, show)
+from retrain import believe, propose
 
 
-def triangle(ax, results, title):
-    """Draw accuracies of three-resolution configurations over their two pooling positions.
-
-    ax: matplotlib axes; results: entries with `config` [a, b, c] and `test_acc`. A square marks the default, a circle
-    the best. Returns what a colour bar needs."""
-    x, y = [r["config"][0] for r in results], [r["config"][0] + r["config"][1] for r in results]
-    accuracies = [100 * r["test_acc"] for r in results]
-    # colours from the lower quartile up: a few failed configurations would take the whole range
-    low = sorted(accuracies)[len(accuracies) // 4] - 1
-    shown = ax.scatter(x, y, c=accuracies, s=620, marker="s", cmap="viridis", vmin=low)
-    for a, b, accuracy in zip(x, y, accuracies):
-        ax.annotate(f"{accuracy:.1f}", (a, b), ha="center", va="center", fontsize=7.5,
-                    color="black" if accuracy > (low + max(accuracies)) / 2 else "white")
-    best = max(range(len(x)), key=accuracies.__getitem__)
-    a, b, c = default_config(sum(results[0]["config"]))
-    ax.scatter([a], [a + b], s=760, marker="s", facecolors="none", edgecolors="black", linewidths=1.6)
-    ax.scatter([x[best]], [y[best]], s=900, marker="o", facecolors="none", edgecolors="tab:red", linewidths=1.8)
-    ax.set(xlabel="layers before the first pooling", ylabel="layers before the second pooling", title=title,
-           xticks=range(1, a + b + c - 1), yticks=range(2, a + b + c))
-    ax.margins(0.09)
-    return shown
+def markdown(header, rows):
+    """A Markdown table as a list of lines."""
+    return ["| " + " | ".join(map(str, cells)) + " |" for cells in (header, ["---"] * len(header), *rows)]
 
 
-def cost(ax, results, title):
-    """Draw accuracy against multiply-adds (entries with `config`, `macs`, `test_acc`) with the Pareto front."""
+# ---- How well the searches rank -------------------------------------------------------------------------------------
+
+def by_setting(searches):
+    """Searches (dicts as in their JSON) as {(words, images, steps): those of different seeds}, the longest first."""
+    groups = {}
+    for search in sorted(searches, key=lambda search: search["args"]["seed"]):
+        args = search["args"]
+        words = {"uniform": "naive SuperNet", "prioritized": "prioritised SuperNet",
+                 None: f"mixture, M = {args.get('models')}"}[args.get("sampler")]
+        if args.get("shared_epochs"):
+            words += f", first {args['shared_epochs']} epochs shared"
+        if args.get("no_balance"):
+            words += ", not balanced"
+        steps = len(search["history"]) * (search["n_train"] // args["batch_size"])
+        groups.setdefault((words, search["n_train"] + search["n_val"], steps), []).append(search)
+    return dict(sorted(groups.items(), key=lambda item: (-item[0][2], "mixture" in item[0][0], item[0])))
+
+
+FIGURES = ["tau", "within a model", "fitted line", "regret", "cheapest third", "middle third", "most expensive third"]
+
+
+def judge(results, truth):
+    """FIGURES of a search's results by the truth {configuration: accuracy}; none where too few are known.
+
+    Tau of the scores, of each model over what it owns (mean), and of a line in score and log2 of multiply-adds, fitted
+    to the truth by least squares. Regret in points of the best-scored of all, and of each third of cost."""
+    known = [r for r in results if tuple(r["config"]) in truth]
+    if len(known) < max(3, len(results) / 2):
+        return ["-"] * len(FIGURES)
+    score, cost, true, model = np.array([
+        (r["val_acc"], math.log2(r["macs"]), truth[tuple(r["config"])], r.get("model", 0)) for r in known]).T
+    within = [kendall_tau(score[model == m], true[model == m]) or 0 for m in np.unique(model)]
+    features = np.stack([np.ones(len(known)), score, cost], axis=1)
+    line = features @ np.linalg.lstsq(features, true, rcond=None)[0]
+    parts = [np.arange(len(known)), *np.array_split(np.argsort(cost, kind="stable"), 3)]
+    figures = [kendall_tau(score, true) or 0, np.mean(within), kendall_tau(line.round(9), true) or 0]
+    figures += [100 * (true.max() - true[part[score[part].argmax()]]) for part in parts]
+    return [f"{figure:.2f}" for figure in figures]
+
+
+def table(searches, truth):
+    """Markdown lines on searches, one for each setting, the figures of its seeds side by side."""
+    results = sorted(searches[0]["results"], key=lambda r: r["config"])
+    by_cost = [{**r, "val_acc": math.log2(r["macs"]), "model": 0} for r in results]
+    alone, rows = {("multiply-adds alone", 0, 0): [{"results": by_cost, "seconds": 0}]}, []
+    for key, group in {**by_setting(searches), **alone}.items():
+        columns = [[show(max(search["results"], key=lambda r: r["val_acc"])["config"]),
+                    *judge(search["results"], truth), f"{search['seconds']:.0f}"] for search in group]
+        rows.append([*key, *map(", ".join, zip(*columns))])
+    return markdown(["search", "images", "steps", "chosen", *FIGURES, "seconds"], rows)
+
+
+# ---- How soon stage 4 finds the best: its proposals, simulated on a truth that is known -----------------------------
+
+def simulate(truth, searches, rule="process", trainings=10, draws=50, noise=0.0015):
+    """Regret in points of what looks best after 1, 2, ... trainings, the default first: (searches x draws, trainings).
+
+    truth: {configuration: accuracy} of a whole space; searches: a list of {configuration: score}; rule: as named in
+    `simulation`; noise: the deviation between seeds, drawn anew `draws` times for each search."""
+    macs, regrets = {config: count_macs(config) for config in truth}, []
+    for search, _ in itertools.product(searches, range(draws)):
+        rng, observed = np.random.default_rng(len(regrets)), {}
+        measured = {config: accuracy + noise * rng.standard_normal() for config, accuracy in truth.items()}
+        if rule not in ("process", "in order of score"):
+            search = dict(zip(search, rng.permutation(list(search.values()))))
+        while len(observed) < min(trainings, len(truth)):
+            if observed and "order" in rule:
+                config = max((config for config in macs if config not in observed), key=search.get)
+            elif len(observed) > 1 and rule == "process without scores":
+                config = propose(macs, [], observed)[0]
+            else:  # without scores, too, the second is of the most expensive third: any of it, since they are shuffled
+                config = propose(macs, [search], observed)[0]
+            observed[config] = measured[config], 1
+        leaders = itertools.accumulate(observed, lambda *pair: max(pair, key=measured.get))
+        regrets.append([100 * (max(truth.values()) - truth[config]) for config in leaders])
+    return np.array(regrets)
+
+
+def simulation(truth, searches):
+    """{name: what `simulate` returns}: of each rule, of stage 4 with all searches, and with those of each setting."""
+    rules = "in random order", "in order of score", "process without scores", "process with shuffled scores"
+    scores = {f"process, {name}, {images} images, {steps} steps ({len(group)})":
+              [{tuple(r["config"]): r["val_acc"] for r in search["results"]} for search in group]
+              for (name, images, steps), group in by_setting(searches).items()}
+    rows = {rule: simulate(truth, sum(scores.values(), []), rule) for rule in rules}
+    each = {name: simulate(truth, group) for name, group in scores.items()}
+    return {**rows, f"process, all searches ({len(searches)})": np.concatenate(list(each.values())), **each}
+
+
+# ---- Pictures -------------------------------------------------------------------------------------------------------
+
+def triangle(ax, accuracies, title, order=()):
+    """{configuration: accuracy} over the pooling positions; a square marks the default, numbers the `order` trained."""
+    x, y = np.cumsum(list(accuracies), axis=1).T[:2]
+    percent = 100 * np.array(list(accuracies.values()))
+    low = np.sort(percent)[len(percent) // 4] - 1  # a few failures would take the whole range
+    colours = ax.scatter(x, y, c=percent, s=620, marker="s", cmap="viridis", vmin=low)
+    ax.figure.colorbar(colours, ax=ax, extend="min")
+    for a, b, value in zip(x, y, percent):
+        colour = "black" if value > (low + percent.max()) / 2 else "white"
+        ax.annotate(f"{value:.1f}", (a, b), ha="center", va="center", fontsize=7.5, color=colour)
+    for number, (a, b, _) in enumerate(order, 1):
+        ax.annotate(number, (a - 0.22, b + a + 0.24), fontsize=7, ha="center", va="center",
+                    bbox={"boxstyle": "circle,pad=0.2", "facecolor": "white", "edgecolor": "tab:red"})
+    a, b, _ = default_config(sum(next(iter(accuracies))))
+    ax.scatter(a, a + b, s=760, marker="s", facecolors="none", edgecolors="black", linewidths=1.6)
+    ax.set(xlabel="layers before the first pooling", ylabel="before the second", title=title, xmargin=0.1, ymargin=0.1)
+
+
+def cost(ax, results):
+    """Test accuracy against multiply-adds, with the names of the Pareto front and of the default."""
     front, usual = pareto(results, "test_acc"), list(default_config(sum(results[0]["config"])))
     ax.scatter([r["macs"] / 1e6 for r in results], [100 * r["test_acc"] for r in results], s=18, color="tab:grey")
-    ax.step([r["macs"] / 1e6 for r in front], [100 * r["test_acc"] for r in front], where="post", marker="o",
-            color="tab:red", label="Pareto front")
-    for r in results:
-        if r["config"] == usual:
-            ax.annotate(show(r["config"]), (r["macs"] / 1e6, 100 * r["test_acc"]), fontsize=8, weight="bold",
-                        xytext=(5, -9), textcoords="offset points")
-        elif r in front:
-            ax.annotate(show(r["config"]), (r["macs"] / 1e6, 100 * r["test_acc"]), fontsize=7, ha="right",
-                        xytext=(-5, 4), textcoords="offset points")
-    ax.set(xscale="log", xlabel="million multiply-adds", ylabel="test accuracy, %", title=title)
-    ax.set_xticks([20, 30, 50, 80, 150], ["20", "30", "50", "80", "150"])
-    ax.set_xticks([], minor=True)
-    ax.legend(loc="lower right")
+    ax.step([r["macs"] / 1e6 for r in front], [100 * r["test_acc"] for r in front], "o-", where="post", color="tab:red")
+    for r in [*front, *(r for r in results if r["config"] == usual and r not in front)]:
+        ax.annotate(f"{show(r['config'])}  ", (r["macs"] / 1e6, 100 * r["test_acc"]), fontsize=7, rotation=-45,
+                    ha="right", va="bottom")
+    ax.set(xscale="log", xlabel="million multiply-adds", ylabel="test accuracy, %", xmargin=0.1, ymargin=0.1)
+    ax.xaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
 
 
 def agreement(ax, search, truth, title):
-    """Draw a search's scores against {config tuple: true accuracy}; a colour for each model and what it owns."""
-    known = [r for r in search["results"] if tuple(r["config"]) in truth]
-    x, y = ([100 * v for v in values] for values in zip(*((r["val_acc"], truth[tuple(r["config"])]) for r in known)))
-    ax.scatter(x, y, c=[r.get("model", 0) for r in known], cmap="tab10", vmin=0, vmax=9, s=26)
-    usual, best = list(default_config(sum(known[0]["config"]))), known[max(range(len(y)), key=y.__getitem__)]["config"]
-    for r, a, b in zip(known, x, y):
-        words = [w for w, config in (("best", best), ("default", usual), ("chosen", search["best"]["config"]))
-                 if r["config"] == config]
-        if words:
-            ax.annotate(f"{show(r['config'])} {', '.join(words)}", (a, b), fontsize=8, ha="center",
-                        xytext=(0, -14 if words[-1] == "chosen" else 7), textcoords="offset points")
-    ax.set(xlabel="accuracy in the search, %", ylabel="true accuracy, %",
-           title=f"{title}: Kendall's tau {kendall_tau(x, y) or 0:.2f}")
+    """A search's scores against {configuration: true accuracy}, a colour for each model and what it owns."""
+    results = search["results"]
+    ax.scatter([100 * r["val_acc"] for r in results], [100 * truth[tuple(r["config"])] for r in results], s=26,
+               c=[r.get("model", 0) for r in results], cmap="tab10", vmin=0, vmax=9)
+    ax.set(xlabel="accuracy in the search, %", ylabel="true accuracy, %", title=title)
 
 
-def setting(search):
-    """What was searched how, in words: the same for runs that differ in their seed only."""
-    a = search["args"]
-    name = {"supernet": "naive SuperNet", "mixture": f"mixture, M = {a.get('models')}"}[search["stage"]]
-    name = "prioritised SuperNet" if a.get("sampler") == "prioritized" else name
-    name += f", first {a['shared_epochs']} epochs shared" if a.get("shared_epochs") else ""
-    return name + (", not balanced" if a.get("no_balance") else "")
+def curves(ax, rows, label):
+    """A line for each row, {name: values after 1, 2, ... trainings}."""
+    for name, values in rows.items():
+        ax.plot(range(1, 1 + len(values)), values, marker="o", markersize=3.5, label=name)
+    ax.set(xlabel="configurations trained, the default included", ylabel=label, xticks=range(1, 1 + len(values)))
+    ax.legend(fontsize=8)
 
 
-def tau_within(x, y, groups):
-    """Kendall's tau-b of x and y (equal lengths) over the pairs that share a group; None where there is none.
-
-    Among configurations with the same owner: how well each model of a mixture ranks what it owns, whatever the
-    models' levels."""
-    x, y, groups = (np.asarray(v, float) for v in (x, y, groups))
-    same = groups[:, None] == groups
-    x, y = (np.sign(np.subtract.outer(v, v)) * same for v in (x, y))
-    scale = math.sqrt((x * x).sum() * (y * y).sum())
-    return float((x * y).sum() / scale) if scale else None
-
-
-def table(searches, truths):
-    """Markdown lines on searches (dicts as in their JSON): one for each setting, the values of its seeds side by side.
-
-    truths: {name: {config tuple: accuracy}}. For each of them Kendall's tau, in brackets over the pairs of
-    configurations that the same model owns, and, of the chosen configuration, its true rank and, in brackets, its
-    regret: the best accuracy minus its own, in points."""
-    columns = [f"{what}, {name}" for name in truths for what in ("tau", "rank (regret)")]
-    lines = ["| " + " | ".join(["search", "images", "steps", "chosen", *columns, "seconds"]) + " |",
-             "| --- " * (5 + len(columns)) + "|"]
-    groups, searches = {}, list(searches)
-    for search in searches:
-        steps = len(search["history"]) * (search["n_train"] // search["args"]["batch_size"])
-        groups.setdefault((setting(search), search["n_train"] + search["n_val"], steps), []).append(search)
-    if searches:  # ranked by cost alone, without any training: what a search has to beat
-        cost = [{"config": r["config"], "val_acc": r["macs"]} for r in searches[0]["results"]]
-        groups["by multiply-adds alone", "-", 0] = [{"results": cost, "best": max(cost, key=lambda r: r["val_acc"])}]
-    for (name, images, steps), group in sorted(groups.items(), key=lambda g: (-g[0][2], "mixture" in g[0][0], g[0][0])):
-        group.sort(key=lambda search: search["args"]["seed"] if "args" in search else 0)
-        cells = [name, images, steps, ", ".join(show(search["best"]["config"]) for search in group)]
-        for truth in truths.values():
-            best, taus, regrets = max(truth.values()), [], []
-            for search in group:
-                known = [r for r in search["results"] if tuple(r["config"]) in truth]
-                x, y = [r["val_acc"] for r in known], [truth[tuple(r["config"])] for r in known]
-                taus.append(f"{kendall_tau(x, y) or 0:.2f}")
-                if len({r.get("model") for r in known}) > 1:
-                    taus[-1] += f" ({tau_within(x, y, [r['model'] for r in known]) or 0:.2f})"
-                chosen = truth.get(tuple(search["best"]["config"]))
-                regrets.append("-" if chosen is None else
-                               f"{1 + sum(v > chosen for v in truth.values())} ({100 * (best - chosen):.2f})")
-            cells += [", ".join(taus), ", ".join(regrets)]
-        cells.append(", ".join(f"{search['seconds']:.0f}" if "seconds" in search else "-" for search in group))
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return lines
-
-
-def save(figure, path):
-    """Write a matplotlib figure as PNG, whole or not at all."""
-    with whole_file(path) as file:
-        figure.savefig(file, format="png", dpi=110)
-    print(f"wrote {path}")
+def stage_4(results, searches, truth):
+    """Panels from retrain.json's results in their order: what is expected, what looked best after each training."""
+    space = pooling_configs(sum(results[0]["config"]))
+    scores = [{tuple(r["config"]): r["val_acc"] for r in search["results"]} for search in searches]
+    observed = {tuple(r["config"]): (r["test_acc"], len(r["runs"])) for r in results}
+    mean, _ = believe({config: count_macs(config) for config in space}, scores, observed)
+    first = {tuple(r["config"]): r["runs"][0]["test_acc"] for r in results}
+    leaders = list(itertools.accumulate(first, lambda *pair: max(pair, key=first.get)))
+    values, label = [100 * first[config] for config in leaders], "best test accuracy so far, %"
+    if set(space) <= set(truth):
+        values, label = [100 * (max(truth.values()) - truth[config]) for config in leaders], "regret, points"
+    return [partial(triangle, accuracies=dict(zip(space, mean)), title="expected accuracy, %", order=list(first)),
+            partial(curves, rows={"best so far": values}, label=label)]
 
 
 def main():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="folder with single.json and, there or below, the searches' files")
+    parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="with the JSON of any stages, there or below")
     parser.add_argument("--truth", type=Path, help="another JSON with true accuracies, such as the published ones")
+    parser.add_argument("--simulate", action="store_true", help="stage 4's proposals, on the last truth")
     args = parser.parse_args()
-    single = args.folder / "single.json"
-    truths = {}
-    for path in [single] * single.exists() + [args.truth] * bool(args.truth):
-        results = load_json(path)["results"]
-        truths[path] = [{"macs": count_macs(r["config"]), **r} for r in results]
-        if not all(isinstance(r.get("test_acc"), float) and len(r["config"]) == 3 for r in results):
-            raise UserError(f"{path} needs test_acc of configurations of three resolutions: name another file")
+    files = {path: data for path in sorted(args.folder.rglob("*.json")) if "stage" in (data := load_json(path))}
+    searches = {path: load_json(path, "val_acc") for path, data in files.items()
+                if data["stage"] in ("supernet", "mixture")}
+    here = {path: search for path, search in searches.items() if path.parent == args.folder}
+    space = {tuple(r["config"]) for search in searches.values() for r in search["results"]}
+    if not searches:
+        raise UserError(f"{args.folder} holds no search: make one with search_supernet.py, or name its --out")
+    truth, pictures = {}, {"pooling": [], "searches": [], "retrain": [], "simulation": []}
+    truths = [path for path in (args.folder / "single.json", args.truth) if path in {*files, args.truth} - {None}]
+    for path in truths:
+        results = load_json(path, "test_acc")["results"]
+        results = [{**r, "macs": r.get("macs") or count_macs(r["config"])} for r in results]
+        truth = {tuple(r["config"]): r["test_acc"] for r in results}
+        pictures["pooling"] += [partial(triangle, accuracies=truth, title=f"{path}, %"), partial(cost, results=results)]
+        print(f"\nThe searches, judged by {path}:\n", *table(list(searches.values()), truth), sep="\n")
     if not truths:
-        raise UserError(f"{args.folder} holds no single.json: train_single.py writes it, or name a truth with --truth")
-    by_config = {"own" if path == single else path.stem.split("_")[0]:
-                 {tuple(r["config"]): r["test_acc"] for r in results} for path, results in truths.items()}
-    searches = {path: load_json(path) for path in sorted(args.folder.rglob("*.json"), reverse=True)}
-    searches = {path: data for path, data in searches.items() if data.get("stage") in ("supernet", "mixture")}
-    print("\n".join(table(searches.values(), by_config)))
-
+        print(*table(list(searches.values()), truth), sep="\n")
+    if space <= set(truth):
+        pictures["searches"] = [partial(agreement, search=search, truth=truth, title=p) for p, search in here.items()]
+    retrain = files.get(args.folder / "retrain.json", {"results": []})["results"]
+    if any(r.get("order") for r in retrain):
+        pictures["retrain"] = stage_4(sorted(retrain, key=lambda r: r["order"] or 0), here.values(), truth)
+    if args.simulate:
+        if space != set(truth):
+            raise UserError("--simulate needs a truth of just what was searched: name one with --truth")
+        rows = simulation(truth, list(searches.values()))
+        shown = [n for n in (3, 4, 5, 6, 8, 10) if n <= len(truth)]
+        cells = [[name, *(f"{regrets[:, n - 1].mean():.2f} ({regrets[:, n - 1].std():.2f})" for n in shown)]
+                 for name, regrets in rows.items()]
+        print("", *markdown(["regret in points after so many trainings", *shown], cells), sep="\n")
+        rows = {name: regrets.mean(0) for name, regrets in list(rows.items())[:7]}  # the other settings would crowd it
+        pictures["simulation"] = [partial(curves, rows=rows, label="mean regret, points")]
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
-        raise UserError("the pictures need matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(len(truths), 2, figsize=(12, 5.2 * len(truths)), squeeze=False, layout="constrained")
-    for (path, results), (left, right) in zip(truths.items(), axes):
-        figure.colorbar(triangle(left, results, f"{path}: test accuracy, %"), ax=left, extend="min")
-        cost(right, results, path)
-    save(figure, args.folder / "pooling.png")
-
-    here = {path: data for path, data in searches.items() if path.parent == args.folder}
-    if here:
-        name, truth = list(by_config.items())[-1]
-        figure, axes = plt.subplots(1, len(here), figsize=(6 * len(here), 4.8), squeeze=False, layout="constrained")
-        for (path, search), ax in zip(here.items(), axes[0]):
-            agreement(ax, search, truth, f"{path.stem} against {name}")
-        save(figure, args.folder / "searches.png")
+        return print("the pictures need matplotlib: pip install matplotlib")
+    for name, panels in pictures.items():
+        if panels and (name == "simulation" or len(min(space)) == 3):
+            lines, columns = math.ceil(len(panels) / 2), min(2, len(panels))
+            figure = Figure(figsize=(6.5 * columns, 5 * lines), layout="constrained")
+            for number, panel in enumerate(panels, 1):
+                panel(figure.add_subplot(lines, columns, number))
+            figure.savefig(args.folder / f"{name}.png", dpi=100)
+            print(f"wrote {args.folder / name}.png")
 
 
 if __name__ == "__main__":
