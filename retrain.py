@@ -8,11 +8,11 @@
 
 Reads the scores of every search in --out (at least one) and the runs of single.json that were trained the same way. A
 Gaussian process over pooling positions, cost and scores says what to expect of every configuration; the next to be
-trained is the one with the largest expected improvement, and each result sharpens the next proposal.
+trained is the one with the highest upper confidence bound, and each result sharpens the next proposal.
 
 Papers: Javan, Toews, Pedersoli, AutoML 2023, arXiv 2306.11982, section 5 (training); Rasmussen and Williams, Gaussian
-Processes for Machine Learning, 2006; Jones, Schonlau, Welch, Efficient Global Optimization of Expensive Black-Box
-Functions, 1998 (proposals). Writes retrain.json.
+Processes for Machine Learning, 2006; Srinivas, Krause, Kakade, Seeger, Gaussian Process Optimization in the Bandit
+Setting, ICML 2010, arXiv 0912.3995 (proposals). Writes retrain.json.
 """
 import math
 from pathlib import Path
@@ -55,12 +55,6 @@ def chance_above(best, mean, deviation):
     return np.vectorize(math.erfc, otypes=[float])((best - mean) / (deviation * math.sqrt(2))) / 2
 
 
-def expected_improvement(best, mean, deviation):
-    """Expectation of max(0, x - best), x normal of this mean and deviation (Jones et al., 1998, equation 15)."""
-    density = np.exp(-0.5 * ((best - mean) / deviation) ** 2) / math.sqrt(2 * math.pi)
-    return (mean - best) * chance_above(best, mean, deviation) + deviation * density
-
-
 def standardise(values, space):
     """{configuration: value} as an array in the order of `space`: mean 0, deviation 1, and 0 where one is missing."""
     array = np.array([values.get(config, math.nan) for config in space], float)
@@ -89,8 +83,9 @@ def propose(macs, scores, observed, max_macs=None):
     """The configuration to train next, why, and what is believed of all: {configuration: (mean, deviation, chance)}.
 
     First the default; then the best-scored of the most expensive third, for searches score what is expensive too low,
-    and this shows by how much; then the largest expected improvement over the best so far, which `chance` is the
-    probability to beat. Arguments as for `believe`. None is proposed once all within `max_macs` are trained."""
+    and this shows by how much; then the largest mean plus half a deviation (an upper confidence bound, Srinivas et
+    al., 2010): promising before unknown. `chance` is the probability to beat the best so far. Arguments as for
+    `believe`. None is proposed once all within `max_macs` are trained."""
     allowed = sorted((c for c in macs if macs[c] <= (max_macs or math.inf)), key=macs.get, reverse=True)
     todo = [config for config in allowed if config not in observed]
     best = max((observed[config][0] for config in allowed if config in observed), default=0.0)
@@ -106,8 +101,7 @@ def propose(macs, scores, observed, max_macs=None):
     if not observed.keys() & expensive:
         score = sum((standardise(search, macs) for search in scores), np.zeros(len(macs)))
         return max(expensive, key=dict(zip(macs, score)).get), "best of its cost class", beliefs
-    improvement = expected_improvement(best, mean, deviation)
-    return max(todo, key=dict(zip(macs, improvement)).get), "proposed", beliefs
+    return max(todo, key=dict(zip(macs, mean + 0.5 * deviation)).get), "proposed", beliefs
 
 
 # ---- The stage ------------------------------------------------------------------------------------------------------

@@ -82,7 +82,10 @@ def main():
         add("--shared-epochs", type=int, default=0, help="extension, not in the paper: epochs that train one shared "
             "SuperNet, whose weights then start all models; default 0")
         add("--no-balance", action="store_true", help="leave p(model | configuration) unbalanced, to see what happens")
-    with open_stage(parse(__doc__, options, synthetic_epochs=24), "mixture", ignore={"limit_test"}) as stage:
+        add("--all-pairs", action="store_true", help="score each configuration with every model, not with the most "
+            "probable one alone; also after a search that has ended")
+    ignored = {"limit_test", "all_pairs"}
+    with open_stage(parse(__doc__, options, synthetic_epochs=24), "mixture", ignored) as stage:
         search(*stage)
 
 
@@ -133,17 +136,20 @@ def search(args, data, settings):
                                          "learners": [learner.state_dict() for learner in learners], "args": settings})
 
     # ---- every configuration on the whole scoring half, with its most probable model ---------------------------------
-    began, results = time.monotonic(), []
+    began, results, pairs = time.monotonic(), [], []
     probs = assignment.probabilities(1.0, not args.no_balance)
-    for config, m in zip(configs, probs.argmax(1).tolist()):
-        accuracy = evaluate(learners[m].model, scoring, config, device, args.amp, args.batch_size)
-        results.append({**result_fields(config, data, args), "val_acc": round(accuracy, 6), "model": m})
+    for config, owner in zip(configs, probs.argmax(1).tolist()):
+        asked = range(args.models) if args.all_pairs else [owner]
+        scores = {m: round(evaluate(learners[m].model, scoring, config, device, args.amp, args.batch_size), 6)
+                  for m in asked}
+        results.append({**result_fields(config, data, args), "val_acc": scores[owner], "model": owner})
+        pairs.append(list(scores.values()))
     seconds = sum(entry["seconds"] for entry in history) + time.monotonic() - began
-    counts = assignment.counts.tolist()
+    counts, extra = assignment.counts.tolist(), {"pairs": pairs} if args.all_pairs else {}
     write_stage(args, "mixture", data, settings, results, "val_acc", (len(training), len(scoring), 0), seconds,
                 rank=rank_against_single(args, results), configs=[list(config) for config in configs],
                 probabilities=[[round(p, 6) for p in row] for row in probs.tolist()],
-                W=[[round(w, 6) for w in row] for row in assignment.W.tolist()], trained=counts, history=history)
+                W=[[round(w, 6) for w in row] for row in assignment.W.tolist()], trained=counts, **extra, history=history)
 
     say("\np(model | configuration), * where it is the owner, and how often each pair was trained")
     models = range(args.models)

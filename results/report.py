@@ -64,16 +64,30 @@ def judge(results, truth):
     return [f"{figure:.2f}" for figure in figures]
 
 
+def readings(search):
+    """{words: results} of a search by each configuration's most probable model, as it stands in its JSON; and where
+    it scored all `pairs`, by the best model and by the mean over the models."""
+    ordered, found = sorted(search["results"], key=lambda r: r["config"]), {"": search["results"]}
+    for words, rule in ((", by the best model", max), (", by the mean of models", np.mean)):
+        if "pairs" in search:
+            found[words] = [{**r, "val_acc": float(rule(scores)), "model": int(np.argmax(scores))}
+                            for r, scores in zip(ordered, search["pairs"])]
+    return found
+
+
 def table(searches, truth):
-    """Markdown lines on searches, one for each setting, the figures of its seeds side by side."""
+    """Markdown lines on searches, one for each setting and reading, the figures of its seeds side by side."""
     results = sorted(searches[0]["results"], key=lambda r: r["config"])
     by_cost = [{**r, "val_acc": math.log2(r["macs"]), "model": 0} for r in results]
-    alone, rows = {("multiply-adds alone", 0, 0): [{"results": by_cost, "seconds": 0}]}, []
-    for key, group in {**by_setting(searches), **alone}.items():
-        columns = [[show(max(search["results"], key=lambda r: r["val_acc"])["config"]),
-                    *judge(search["results"], truth), f"{search['seconds']:.0f}"] for search in group]
-        rows.append([*key, *map(", ".join, zip(*columns))])
-    return markdown(["search", "images", "steps", "chosen", *FIGURES, "seconds"], rows)
+    alone, rows = {("multiply-adds alone", 0, 0): [{"results": by_cost, "seconds": 0}]}, {}
+    for (words, images, steps), group in {**by_setting(searches), **alone}.items():
+        for search in group:
+            for rule, results in readings(search).items():
+                chosen = show(max(results, key=lambda r: r["val_acc"])["config"])
+                figures = [chosen, *judge(results, truth), f"{search['seconds']:.0f}"]
+                rows.setdefault((words + rule, images, steps), []).append(figures)
+    cells = [[*key, *map(", ".join, zip(*columns))] for key, columns in rows.items()]
+    return markdown(["search", "images", "steps", "chosen", *FIGURES, "seconds"], cells)
 
 
 # ---- How soon stage 4 finds the best: its proposals, simulated on a truth that is known -----------------------------
