@@ -145,11 +145,13 @@ def search(args, data, settings):
         results.append({**result_fields(config, data, args), "val_acc": scores[owner], "model": owner})
         pairs.append(list(scores.values()))
     seconds = sum(entry["seconds"] for entry in history) + time.monotonic() - began
-    counts, extra = assignment.counts.tolist(), {"pairs": pairs} if args.all_pairs else {}
+    counts = assignment.counts.tolist()
+    extra = {"pairs": pairs} if args.all_pairs else {}
     write_stage(args, "mixture", data, settings, results, "val_acc", (len(training), len(scoring), 0), seconds,
                 rank=rank_against_single(args, results), configs=[list(config) for config in configs],
                 probabilities=[[round(p, 6) for p in row] for row in probs.tolist()],
-                W=[[round(w, 6) for w in row] for row in assignment.W.tolist()], trained=counts, **extra, history=history)
+                W=[[round(w, 6) for w in row] for row in assignment.W.tolist()], trained=counts, history=history,
+                **extra)
 
     say("\np(model | configuration), * where it is the owner, and how often each pair was trained")
     models = range(args.models)

@@ -65,8 +65,9 @@ def judge(results, truth):
 
 
 def readings(search):
-    """{words: results} of a search by each configuration's most probable model, as it stands in its JSON; and where
-    it scored all `pairs`, by the best model and by the mean over the models."""
+    """What a search says of the configurations, {words: results}: by the most probable model, as in its JSON.
+
+    Where it scored all `pairs`, also by the best model and by the mean over the models."""
     ordered, found = sorted(search["results"], key=lambda r: r["config"]), {"": search["results"]}
     for words, rule in ((", by the best model", max), (", by the mean of models", np.mean)):
         if "pairs" in search:
