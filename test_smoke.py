@@ -3,7 +3,7 @@
     python -m pytest -q test_smoke.py
 
 A script runs in a fork of this process, which has imported torch already: a tenth of a second instead of three. So
-these tests want Linux or a Mac, and every test that forks stands before those that use a GPU.
+these tests want Linux or a Mac, and every test that forks stands before those that train in this process.
 """
 import importlib
 import itertools
@@ -340,53 +340,6 @@ def test_an_epoch_is_fixed_by_its_seed_and_shared_out_and_scoring_counts_every_i
     parrot = torch.nn.Module()
     parrot.forward = lambda x, config: F.one_hot(torch.zeros(len(x), dtype=torch.int64), 4)
     assert evaluate(parrot, split, None, CPU, batch_size=16) == pytest.approx(13 / 50)
-
-
-def test_a_step_is_plain_sgd():
-    net, twin = (ResNet20(classes=4, layers=4).double() for _ in range(2))
-    x, y = torch.randn(8, 3, 32, 32, dtype=torch.float64), torch.arange(8) % 4
-    twin.load_state_dict(net.state_dict())
-    learner = Learner(net, CPU, momentum=0.9, weight_decay=0.01)
-    velocity = [torch.zeros_like(p) for p in twin.parameters()]
-    for lr in (0.1, 0.05):
-        logits = twin(x, (2, 2))
-        loss, accuracy = F.cross_entropy(logits, y), (logits.argmax(1) == y).float().mean()
-        grads = torch.autograd.grad(loss, list(twin.parameters()))
-        with torch.no_grad():
-            for p, g, v in zip(twin.parameters(), grads, velocity):
-                v.mul_(0.9).add_(g + 0.01 * p)
-                p.sub_(lr * v)
-        assert learner.train(x, y, (2, 2), lr).tolist() == pytest.approx([loss.item(), accuracy.item()], rel=1e-4)
-        assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(learner.model.parameters(), twin.parameters()))
-
-
-def test_a_first_step_that_fp16_skips_leaves_momentum_zero():
-    factor = [math.inf, 1.0]
-
-    def overflowing(network, x, y, config):
-        loss, logits = label_loss(network, x, y, config)
-        return loss * factor.pop(0), logits
-    learner = Learner(ResNet20(classes=4, layers=4), CPU, "fp16", loss=overflowing)
-    weights = list(learner.model.parameters())
-    momentum = [learner.optimizer.state[p]["momentum_buffer"] for p in weights]  # before any step is taken
-    before, batch = [p.clone() for p in weights], (torch.randn(8, 3, 32, 32), torch.arange(8) % 4, (2, 2), 0.1)
-    learner.train(*batch)
-    assert not any(velocity.any() for velocity in momentum) and all(map(torch.equal, weights, before))
-    learner.train(*batch)
-    assert all(torch.allclose(p, q - 0.1 * v, atol=1e-6) and v.any() for p, q, v in zip(weights, before, momentum))
-
-
-@pytest.mark.parametrize("faster", ["off", "bf16"])
-def test_the_precision_on_a_cpu_is_chosen_by_measurement(faster, monkeypatch, capsys):
-    used, relu = [], F.relu
-
-    def noting_relu(*words, **options):
-        used.append("bf16" if torch.is_autocast_enabled("cpu") else "off")
-        return relu(*words, **options)
-    monkeypatch.setattr(F, "relu", noting_relu)
-    monkeypatch.setattr(timeit, "repeat", lambda step, **options: [step() is None or 1 + (used[-1] != faster)])
-    assert common.pick_amp("auto", CPU) == faster and {"off", "bf16"} <= set(used)
-    assert f"--amp {faster}" in capsys.readouterr().out and common.pick_amp("bf16", CPU) == "bf16"
 
 
 def test_an_extracted_network_answers_one_image_as_a_batch():
@@ -728,7 +681,54 @@ def test_a_search_that_is_right_finds_the_best_sooner_than_chance(monkeypatch):
     assert (np.diff(right) <= 0).all() and (np.diff(chance) <= 0).all()
 
 
-# ---- on a GPU: after all that forks ----------------------------------------------------------------------------------
+# ---- steps: after all that forks, since where there is a GPU they start threads --------------------------------------
+
+def test_a_step_is_plain_sgd():
+    net, twin = (ResNet20(classes=4, layers=4).double() for _ in range(2))
+    x, y = torch.randn(8, 3, 32, 32, dtype=torch.float64), torch.arange(8) % 4
+    twin.load_state_dict(net.state_dict())
+    learner = Learner(net, CPU, momentum=0.9, weight_decay=0.01)
+    velocity = [torch.zeros_like(p) for p in twin.parameters()]
+    for lr in (0.1, 0.05):
+        logits = twin(x, (2, 2))
+        loss, accuracy = F.cross_entropy(logits, y), (logits.argmax(1) == y).float().mean()
+        grads = torch.autograd.grad(loss, list(twin.parameters()))
+        with torch.no_grad():
+            for p, g, v in zip(twin.parameters(), grads, velocity):
+                v.mul_(0.9).add_(g + 0.01 * p)
+                p.sub_(lr * v)
+        assert learner.train(x, y, (2, 2), lr).tolist() == pytest.approx([loss.item(), accuracy.item()], rel=1e-4)
+        assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(learner.model.parameters(), twin.parameters()))
+
+
+def test_a_first_step_that_fp16_skips_leaves_momentum_zero():
+    factor = [math.inf, 1.0]
+
+    def overflowing(network, x, y, config):
+        loss, logits = label_loss(network, x, y, config)
+        return loss * factor.pop(0), logits
+    learner = Learner(ResNet20(classes=4, layers=4), CPU, "fp16", loss=overflowing)
+    weights = list(learner.model.parameters())
+    momentum = [learner.optimizer.state[p]["momentum_buffer"] for p in weights]  # before any step is taken
+    before, batch = [p.clone() for p in weights], (torch.randn(8, 3, 32, 32), torch.arange(8) % 4, (2, 2), 0.1)
+    learner.train(*batch)
+    assert not any(velocity.any() for velocity in momentum) and all(map(torch.equal, weights, before))
+    learner.train(*batch)
+    assert all(torch.allclose(p, q - 0.1 * v, atol=1e-6) and v.any() for p, q, v in zip(weights, before, momentum))
+
+
+@pytest.mark.parametrize("faster", ["off", "bf16"])
+def test_the_precision_on_a_cpu_is_chosen_by_measurement(faster, monkeypatch, capsys):
+    used, relu = [], F.relu
+
+    def noting_relu(*words, **options):
+        used.append("bf16" if torch.is_autocast_enabled("cpu") else "off")
+        return relu(*words, **options)
+    monkeypatch.setattr(F, "relu", noting_relu)
+    monkeypatch.setattr(timeit, "repeat", lambda step, **options: [step() is None or 1 + (used[-1] != faster)])
+    assert common.pick_amp("auto", CPU) == faster and {"off", "bf16"} <= set(used)
+    assert f"--amp {faster}" in capsys.readouterr().out and common.pick_amp("bf16", CPU) == "bf16"
+
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_graphs_take_the_steps_that_eager_ones_take_and_a_failing_capture_goes_on_eagerly(monkeypatch, capsys):
