@@ -204,12 +204,13 @@ def main():
     space = {tuple(r["config"]) for search in searches.values() for r in search["results"]}
     if not searches:
         raise UserError(f"{args.folder} holds no search: make one with search_supernet.py, or name its --out")
-    truth, pictures = {}, {"pooling": [], "searches": [], "retrain": [], "simulation": []}
+    own, truth, pictures = {}, {}, {"pooling": [], "searches": [], "retrain": [], "simulation": []}
     truths = [path for path in (args.folder / "single.json", args.truth) if path in {*files, args.truth} - {None}]
     for path in truths:
         results = load_json(path, "test_acc")["results"]
         results = [{**r, "macs": r.get("macs") or count_macs(r["config"])} for r in results]
         truth = {tuple(r["config"]): r["test_acc"] for r in results}
+        own = own or truth
         pictures["pooling"] += [partial(triangle, accuracies=truth, title=f"{path}, %"), partial(cost, results=results)]
         print(f"\nThe searches, judged by {path}:\n", *table(list(searches.values()), truth), sep="\n")
     if not truths:
@@ -218,7 +219,7 @@ def main():
         pictures["searches"] = [partial(agreement, search=search, truth=truth, title=p) for p, search in here.items()]
     retrain = files.get(args.folder / "retrain.json", {"results": []})["results"]
     if any(r.get("order") for r in retrain):
-        pictures["retrain"] = stage_4(sorted(retrain, key=lambda r: r["order"] or 0), here.values(), truth)
+        pictures["retrain"] = stage_4(sorted(retrain, key=lambda r: r["order"] or 0), here.values(), own)
     if args.simulate:
         if space != set(truth):
             raise UserError("--simulate needs a truth of just what was searched: name one with --truth")
