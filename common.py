@@ -492,10 +492,10 @@ def evaluate(model, split, config, device, amp="off", batch_size=256):
 def graphed(step, device):
     """On CUDA, replay `step(x, y, *step_args)` as one CUDA graph per shape and step_args; elsewhere return `step`.
 
-    At batch 128 a ResNet20 step is a thousand kernels of two microseconds (H100), so that launching them is what takes
-    the time; a graph launches them at once. The first call runs eagerly (and warms up the libraries), the second
-    captures, later ones replay. `step` returns a tensor, which the next call overwrites; it must not wait for the
-    device. Where capturing fails, one line says so and all later steps run eagerly."""
+    At batch 128 a ResNet20 step is a thousand kernels of about two microseconds (H100); a graph launches them at once.
+    The first call runs eagerly (and warms up the libraries), the second captures, later ones replay. `step` returns a
+    tensor, which the next call overwrites; it must not wait for the device. Where capturing fails, one line says so
+    and all later steps run eagerly."""
     if device.type != "cuda":
         return step
     stream, pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()

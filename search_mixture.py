@@ -1,7 +1,7 @@
 """Stage 3, the balanced mixture of SuperNets: M sets of weights that share out the pooling configurations.
 
     python search_mixture.py                                 # CIFAR-10: M = 4 models share 100 epochs of steps
-    python search_mixture.py --epochs 400                    # 100 for each, probably the paper's: ranks better
+    python search_mixture.py --epochs 400                    # 100 for each model, probably the paper's setting
     python search_mixture.py --dataset food101               # Food-101 at 128 pixels, stem of stride 4
     python search_mixture.py --dataset path/to/images        # a folder with train/<class>/* and test/<class>/*
     python search_mixture.py --dataset synthetic             # a few minutes on a laptop
