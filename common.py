@@ -1,26 +1,27 @@
 """What two or more of the scripts share, in the order in which a reader needs it.
 
+    basics         errors for people, which process this is, printing, files that appear whole or not at all
     space          pooling configurations: how many layers run at each resolution
     network        a ResNet20 whose pooling is an argument, and its cost
     data           CIFAR, Food-101, a folder of images, a made-up set; batches cut and augmented on the device
     step           one SGD step with automatic mixed precision, replayed as a CUDA graph; scoring
-    checkpoint     files that appear whole or not at all; a run goes on from the end of its last epoch
+    checkpoint     a run goes on from the end of its last epoch; its settings; what several processes share
     results        rankings, tables, the JSON of a stage
-    command line   the options of every script, several processes, errors as one line
+    command line   the options of every script, errors as one line
 
-The first four sections take tensors and plain numbers, so copy what you need; the last three serve the scripts.
+Network, data and step take tensors and plain numbers, so copy what you need; the rest serves the scripts.
 "Paper": Javan, Toews, Pedersoli, "Balanced Mixture of SuperNets for Learning the CNN Pooling Architecture", AutoML
 2023, arXiv 2306.11982.
 """
 import argparse
 import contextlib
 import ctypes
+import functools
 import hashlib
 import io
 import itertools
 import json
 import math
-import mmap
 import os
 import shutil
 import sys
@@ -38,9 +39,38 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
+# ---- Basics ---------------------------------------------------------------------------------------------------------
+
+RANK = int(os.environ.get("RANK", 0))  # torchrun's number of this process, of WORLD in all, LOCAL_RANK on this machine
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+
 
 class UserError(Exception):
     """Something a person can put right: shown as one line on standard error, exit code 2."""
+
+
+def say(text="", every_rank=False):
+    """Print a line, on the first rank only or on every one. Where nobody reads any more, as behind `| head`, go on."""
+    if RANK == 0 or every_rank:
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Open a binary file that appears under `path` whole, when the block ends without an exception, or not at all."""
+    temporary = Path(f"{path}.rank{RANK}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # ---- Space (paper, section 3) ---------------------------------------------------------------------------------------
@@ -144,7 +174,7 @@ def count_macs(config, channels=3, classes=10, stem=1, size=32):
     def record(layer, inputs, output):  # each output value takes one multiply-add for every weight that leads to it
         macs.append(output[0].numel() * layer.weight[0].numel())
     with torch.device("meta"):
-        network = ResNet20(channels, classes, stem, sum(config))
+        network = ResNet20(channels, classes, stem, sum(config)).eval()
         for layer in network.modules():
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 layer.register_forward_hook(record)
@@ -156,10 +186,10 @@ def count_macs(config, channels=3, classes=10, stem=1, size=32):
 
 @dataclass
 class Split:
-    """Labelled images: the rows `index` of a uint8 array (N, H, W, C) that several splits may share.
+    """Labelled images: the rows `index` of a uint8 tensor (N, H, W, C) that several splits may share.
 
-    pixels: a tensor on any device, or a NumPy memmap; index, labels: int64 CPU tensors of equal length."""
-    pixels: object
+    pixels: on any device, or mapped from a file; index, labels: int64 CPU tensors of equal length."""
+    pixels: torch.Tensor
     index: torch.Tensor
     labels: torch.Tensor
 
@@ -233,36 +263,56 @@ def synthetic_images(n, seed):
 
 
 def read_image(path, size):
-    """Decode an image of any mode to uint8 (size, size, 3): upright, shorter side resized, centre square."""
+    """Decode an image of any mode to uint8 (size, size, 3): upright, shorter side resized, centre square.
+
+    Deep images (more than 8 bits, or floating point) are stretched from their darkest to their brightest value."""
     from PIL import Image, ImageOps
-    with Image.open(path) as image:
+    with Image.open(path, formats=["JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF"]) as image:  # none that runs code
         image.draft("RGB", (size, size))  # a JPEG is decoded at the smallest scale that is large enough
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16-bit grey, which convert would clip
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode[0] in "IF":
+            values = np.nan_to_num(np.asarray(image, float), posinf=0, neginf=0)
+            values -= values.min()
+            image = Image.fromarray((255 * values / max(values.max(), 1e-9)).astype(np.uint8))
         return np.array(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR))
 
 
-def decode(files, size, path):
-    """Decode image files, in threads, to one .npy file at `path`, uint8 (len(files), size, size, 3), to be mapped.
+def decode(files, size):
+    """Decode image files in threads: a generator of uint8 (size, size, 3), in the order of the files.
 
-    Raises UserError that lists every file that is no image."""
+    Raises UserError, at the end, that lists every file that is no image."""
     bad = []
 
     def read(file):
         try:
+            if not os.path.isfile(file):  # to open a pipe would wait for ever
+                raise ValueError("no regular file")
             return read_image(file, size)
         except Exception as error:  # decoders raise many kinds; all bad files are listed before giving up
             bad.append(f"{file} ({error})")
             return np.zeros((size, size, 3), np.uint8)
-    with whole_file(path) as output, ThreadPoolExecutor() as pool:
-        shape = {"descr": "|u1", "fortran_order": False, "shape": (len(files), size, size, 3)}
-        np.lib.format.write_array_header_1_0(output, shape)
+    with ThreadPoolExecutor() as pool:
         for start in range(0, len(files), 4096):  # part by part, so that decoded images do not pile up in memory
             say(f"decoding {start} of {len(files)} images")
-            output.writelines(pool.map(read, files[start:start + 4096]))
-        if bad:
-            raise UserError(f"{len(bad)} files are no images, remove or replace them: {'; '.join(sorted(bad))}")
+            yield from pool.map(read, files[start:start + 4096])
+    if bad:
+        raise UserError(f"{len(bad)} files are no images, remove or replace them: {'; '.join(sorted(bad))}")
+
+
+def decoded_once(files, size, path):
+    """Image files as a uint8 tensor (N, size, size, 3), mapped from the file `path`, which is written when missing.
+
+    path: its name ends in "-" and what changes with the files; what was written for the same files before is removed.
+    """
+    with locked(path.parent, wait=True):  # another process may be decoding the same files
+        if not path.exists():
+            with whole_file(path) as output:
+                output.writelines(decode(files, size))
+            for other in path.parent.iterdir():
+                if other != path and other.stem.rpartition("-")[0] == path.stem.rpartition("-")[0]:
+                    other.unlink()
+    count = len(files) * size * size * 3
+    return torch.from_file(str(path), size=count, dtype=torch.uint8).view(-1, size, size, 3)
 
 
 def torchvision_set(name, data_dir):
@@ -272,12 +322,11 @@ def torchvision_set(name, data_dir):
     import torchvision.datasets as sets
     kind, folder = {"cifar10": (sets.CIFAR10, "cifar-10-batches-py"), "cifar100": (sets.CIFAR100, "cifar-100-python"),
                     "food101": (sets.Food101, "food-101")}[name]
-    place = Path(data_dir, folder)
+    place, beside = Path(data_dir, folder), Path(data_dir, f"{folder}.tmp")
     if place.exists():
         return kind, place
     try:
         with locked(data_dir, wait=True):
-            beside = Path(data_dir, f"{folder}.tmp")
             if not place.exists():  # another process may have unpacked it meanwhile
                 shutil.rmtree(beside, ignore_errors=True)
                 kind(beside, download=True)
@@ -295,17 +344,19 @@ def list_images(name, data_dir):
     The images are lists of (path, class number). Raises UserError where the folder is not like that."""
     from torchvision.datasets import ImageFolder
     if name == "food101":
-        (_, root), images = torchvision_set(name, data_dir), []
+        _, root = torchvision_set(name, data_dir)
+        images, root = [], root.resolve()
         for part in ("train", "test"):
             by_class = json.loads((root / "meta" / f"{part}.json").read_text())
             classes = sorted(by_class)
             images.append([(f"{root}/images/{file}.jpg", classes.index(c)) for c in classes for file in by_class[c]])
         return classes, *images
-    if not Path(name).is_dir():
+    root = Path(name).resolve()
+    if not root.is_dir():
         raise UserError(f"--dataset {name}: neither a folder nor one of cifar10, cifar100, food101, synthetic")
     try:
-        train = ImageFolder(Path(name, "train"))
-        test = ImageFolder(Path(name, "test" if Path(name, "test").is_dir() else "val"))
+        train = ImageFolder(root / "train")
+        test = ImageFolder(root / ("test" if (root / "test").is_dir() else "val"))
     except FileNotFoundError as error:
         raise UserError(f"{name} needs images in train/<class>/ and test/<class>/ (or val/<class>/): {error}") from None
     if train.classes != test.classes or len(train.classes) < 2:
@@ -317,67 +368,72 @@ def list_images(name, data_dir):
 IMAGE_SIZE = {"food101": 128, "synthetic": 16}  # pixels fed in; all others 32
 
 
+def as_text(name):
+    """The name of a file or folder as text, also where its bytes are not UTF-8."""
+    return os.fsencode(str(name)).decode(errors="replace")
+
+
+def short_hash(value):
+    """16 hexadecimal digits that stand for whatever `repr` shows of a value."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
+
 def load_dataset(name, data_dir="data", image_size=None, limit_train=None, limit_test=None):
     """Load `cifar10`, `cifar100`, `food101`, `synthetic` or a folder of images with train/ and test/ (or val/).
 
     data_dir: where data sets are kept and downloaded to; decoded images are cached in its folder `cache`, or in
     data/cache where data_dir cannot be written. limit_train, limit_test: only the first images of a fixed
     class-balanced shuffle. Returns a Dataset on the CPU. Raises UserError with what to fetch, make or mend."""
-    usual, digest = IMAGE_SIZE.get(name, 32), ""
+    usual, digest, files = IMAGE_SIZE.get(name, 32), "", []
     size = image_size or usual
     if name in ("cifar10", "cifar100", "synthetic") and size != usual:
         raise UserError(f"--image-size {size}: the images of {name} have {usual} pixels")
     if name == "synthetic":
-        classes = range(10)
-        (train, train_labels), (test, test_labels) = (synthetic_images(n, seed) for seed, n in enumerate(SYNTHETIC, 1))
-        pixels = torch.from_numpy(np.concatenate([train, test]))
+        classes, parts = range(10), [synthetic_images(count, seed) for seed, count in enumerate(SYNTHETIC, 1)]
     elif name in ("cifar10", "cifar100"):
         kind, place = torchvision_set(name, data_dir)
         try:
-            train, test = kind(data_dir, train=True), kind(data_dir, train=False)
+            sets = kind(data_dir, train=True), kind(data_dir, train=False)
         except RuntimeError as error:
             raise UserError(f"{place} is damaged ({error}): delete it to have it unpacked again") from None
-        classes, train_labels, test_labels = train.classes, train.targets, test.targets
-        pixels = torch.from_numpy(np.concatenate([train.data, test.data]))
+        classes, parts = sets[0].classes, [(part.data, part.targets) for part in sets]
     else:
-        classes, train, test = list_images(name, data_dir)
-        files, numbers = zip(*train, *test)
-        train_labels, test_labels = numbers[:len(train)], numbers[len(train):]
-        known = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
-        digest = hashlib.sha256(repr(known).encode()).hexdigest()[:16]  # a changed folder is decoded anew
-        cache = Path(data_dir if os.access(data_dir, os.W_OK) or not os.path.exists(data_dir) else "data", "cache")
-        path = cache / f"{Path(name).resolve().name}-{size}-{digest}.npy"
-        with locked(cache, wait=True):  # another process may be decoding the same files
-            if not path.exists():
-                decode(files, size, path)
-        pixels = np.load(path, mmap_mode="r")
-    labels = torch.tensor([*train_labels, *test_labels])
-    whole = Split(pixels, torch.arange(len(labels)), labels)
-    first_test = len(train_labels)
-    train, test = balanced_order(labels[:first_test]), balanced_order(labels[first_test:]) + first_test
-    return Dataset(Path(name).resolve().name, whole.take(train[:limit_train]), whole.take(test[:limit_test]),
-                   [str(label) for label in classes], digest)
+        classes, *listed = list_images(name, data_dir)
+        parts = [tuple(zip(*images)) for images in listed]
+        files, facts = [*parts[0][0], *parts[1][0]], []
+        for part, images in zip(("train", "test"), listed):
+            facts += [(part, classes[label], os.path.basename(file), os.path.getsize(file)) for file, label in images]
+        digest = short_hash(facts)  # the same for a copy elsewhere
+
+    train_labels, test_labels = (torch.tensor(labels) for _, labels in parts)
+    train_rows = balanced_order(train_labels)[:limit_train]
+    test_rows = balanced_order(test_labels)[:limit_test]
+    labels = torch.cat([train_labels[train_rows], test_labels[test_rows]])
+    rows = torch.cat([train_rows, len(train_labels) + test_rows])
+    place = Path(name).resolve()
+    if files:
+        writable = os.access(data_dir, os.W_OK) or not os.path.exists(data_dir)
+        version = short_hash([digest, *(os.stat(file).st_mtime_ns for file in files)])
+        name = f"{as_text(place.name)}-{size}-{short_hash(place)}-{version}.bin"
+        path = Path(data_dir if writable else "data", "cache", name)
+        if len(rows) == len(files) or path.exists():
+            pixels = decoded_once(files, size, path)
+        else:  # a part is decoded to memory alone
+            pixels = torch.from_numpy(np.stack(list(decode([files[row] for row in rows], size))))
+            rows = torch.arange(len(rows))
+    else:
+        pixels = torch.from_numpy(np.concatenate([images for images, _ in parts]))
+    whole, count = Split(pixels, rows, labels), len(train_rows)
+    return Dataset(as_text(place.name), whole.take(slice(0, count)), whole.take(slice(count, None)),
+                   [as_text(label) for label in classes], digest)
 
 
 def to_device(data, device):
     """Move a Dataset's pixels to a CUDA GPU that has twice the room; else leave them mapped or in main memory."""
     pixels = data.train.pixels
     if device.type == "cuda" and 2 * pixels.nbytes < torch.cuda.mem_get_info(device)[0]:
-        there = torch.empty(pixels.shape, dtype=torch.uint8, device=device)
-        for start in range(0, len(pixels), 4096):  # part by part: a mapped file may be larger than the main memory
-            there[start:start + 4096] = torch.as_tensor(np.array(pixels[start:start + 4096]))
-        data.train.pixels = data.test.pixels = there
+        data.train.pixels = data.test.pixels = pixels.to(device)
     return data
-
-
-def fetch(pixels, rows, device):
-    """Rows (int64 tensor (B,), where the pixels are) of uint8 pixels (N, H, W, C), on the device."""
-    if torch.is_tensor(pixels):
-        return pixels[rows].to(device)
-    images = torch.from_numpy(pixels[rows.numpy()])
-    if hasattr(mmap, "MADV_DONTNEED"):  # pages that were read count as resident memory until they are given back
-        pixels._mmap.madvise(mmap.MADV_DONTNEED)
-    return images.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else images.to(device)
 
 
 def crop_and_flip(images, top, left, flip, pad):
@@ -399,42 +455,40 @@ def normalise(images):
     return images.permute(0, 3, 1, 2).float().sub_(127.5).div_(127.5)
 
 
-def training_batches(split, batch_size, device, seed, augment=True, rank=0, world=1):
+def training_batches(split, batch_size, device, seed, augment=True, views=1):
     """One epoch of len(split) // batch_size shuffled batches: (images float32 (B, C, H, W), labels int64 (B,)).
 
-    augment: pad-and-crop (1/8 of the side, 4 pixels of 32) and flip (paper, section 5). All that is random is drawn
-    here, from the seed alone, so it is the same on every device. Each rank gets its share of every batch."""
+    augment: pad-and-crop (1/8 of the side, 4 pixels of 32) and flip (paper, section 5). views: with 2, the images are
+    (2 B, C, H, W), each image once in each half, augmented independently. All that is random is drawn here, from the
+    seed alone, so it is the same on every device."""
     rng = torch.Generator().manual_seed(seed)
-    count, pad, share = len(split), split.pixels.shape[1] // 8, batch_size // world
+    count, pad = len(split), split.pixels.shape[1] // 8
     order = torch.randperm(count, generator=rng)
-    top, left = torch.randint(0, 2 * pad + 1, (2, count), generator=rng).to(device)
-    flip = (torch.rand(count, generator=rng) < 0.5).to(device)
-    rows, labels = split.index[order], split.labels[order].to(device)
-    if torch.is_tensor(split.pixels):
-        rows = rows.to(split.pixels.device)  # all at once: a copy for each batch would wait for the device
-    for batch in range(count // batch_size):
-        start = batch * batch_size + rank * share
-        mine = slice(start, start + share)
-        images = fetch(split.pixels, rows[mine], device)
+    top, left = torch.randint(0, 2 * pad + 1, (2, views, count), generator=rng).to(device)
+    flip = (torch.rand(views, count, generator=rng) < 0.5).to(device)
+    rows, labels = split.index[order].to(split.pixels.device), split.labels[order].to(device)
+    for start in range(0, count - batch_size + 1, batch_size):
+        batch = slice(start, start + batch_size)
+        images = split.pixels[rows[batch]].to(device)
         if augment:
-            images = crop_and_flip(images, top[mine], left[mine], flip[mine], pad)
-        yield normalise(images), labels[mine]
+            images = torch.cat([crop_and_flip(images, top[view, batch], left[view, batch], flip[view, batch], pad)
+                                for view in range(views)])
+        yield normalise(images), labels[batch]
 
 
 def scoring_batches(split, batch_size, device):
     """Every image once, unchanged: (images float32 (B, C, H, W), labels int64 (B,)) in batches of nearly equal size."""
+    rows, labels = split.index.to(split.pixels.device), split.labels.to(device)
     for positions in torch.arange(len(split)).tensor_split(max(1, round(len(split) / batch_size))):
-        rows = split.index[positions]
-        if torch.is_tensor(split.pixels):
-            rows = rows.to(split.pixels.device)
-        yield normalise(fetch(split.pixels, rows, device)), split.labels[positions].to(device)
+        batch = slice(int(positions[0]), int(positions[-1]) + 1)
+        yield normalise(split.pixels[rows[batch]].to(device)), labels[batch]
 
 
 # ---- Step -----------------------------------------------------------------------------------------------------------
 
 def derive_seed(*parts):
     """One 63-bit seed from words and whole numbers, such as ("order", seed, epoch): independent streams."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+    return int(short_hash(parts), 16) >> 1
 
 
 def cosine_lr(step, steps, lr, warm_up=0.0, floor=0.01):
@@ -479,14 +533,20 @@ def score_step(network, amp, x, y, config):
         return (network(x, config).argmax(1) == y).float().mean()
 
 
-def evaluate(model, split, config, device, amp="off", batch_size=256):
-    """Accuracy, a fraction, of model(x, config) on a Split.
+def evaluate(score, split, config, device, batch_size=256):
+    """Accuracy, a fraction, on a Split; score(x, y, config) is that of one batch, such as `Learner.score`.
 
     With batch statistics ("shared" norm) the answer depends a little on `batch_size`."""
     correct = torch.zeros((), device=device)
     for x, y in scoring_batches(split, batch_size, device):
-        correct += score_step(model, amp, x, y, config) * len(y)
+        correct += score(x, y, config) * len(y)
     return correct.item() / len(split)
+
+
+@functools.cache
+def graph_place(device):
+    """The stream and the memory pool that all CUDA graphs on a device share: no two of them run at the same time."""
+    return torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
 
 def graphed(step, device):
@@ -498,13 +558,13 @@ def graphed(step, device):
     and all later steps run eagerly."""
     if device.type != "cuda":
         return step
-    stream, pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
-    seen, captured, static_inputs, works = set(), {}, {}, True
+    stream, pool = graph_place(device)
+    seen, captured, static_inputs, capturing_works = set(), {}, {}, True
 
     def run(x, y, *step_args):
-        nonlocal works
+        nonlocal capturing_works
         shape, key = tuple(x.shape), (tuple(x.shape), step_args)
-        if works and key in seen and key not in captured:
+        if capturing_works and key in seen and key not in captured:
             inputs = static_inputs.setdefault(shape, (torch.empty_like(x), torch.empty_like(y)))
             graph = torch.cuda.CUDAGraph()
             try:
@@ -512,14 +572,14 @@ def graphed(step, device):
                     result = step(*inputs, *step_args)
                 captured[key] = graph, result
             except RuntimeError as error:
-                works = False
-                print(f"no CUDA graphs here, going on without ({str(error).splitlines()[0]})", flush=True)
+                capturing_works = False
+                say(f"no CUDA graphs here, going on without ({str(error).splitlines()[0]})", every_rank=True)
         if key not in captured:
             seen.add(key)
-            stream.wait_stream(torch.cuda.current_stream())
+            stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
                 result = step(x, y, *step_args)
-            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.current_stream(device).wait_stream(stream)
             return result
         for static, value in zip(static_inputs[shape], (x, y)):
             static.copy_(value)
@@ -532,36 +592,42 @@ def graphed(step, device):
 class Learner:
     """A network with its optimiser and gradient scaler: training and scoring of single batches, never waiting.
 
-    model: takes (x, config); amp: "bf16", "fp16" or "off"; loss: a function like `label_loss`.
-    parallel: average the gradients over the ranks of the process group (DistributedDataParallel)."""
+    network: takes (x, config); amp: "bf16", "fp16" or "off"; loss: a function like `label_loss`;
+    graphs: whether steps are replayed as CUDA graphs, of which there is one for each config."""
 
-    def __init__(self, model, device, amp="off", weight_decay=0.0, momentum=0.9, loss=label_loss, parallel=False):
-        self.model = model.to(device, memory_format=torch.channels_last)
-        network = nn.parallel.DistributedDataParallel(model) if parallel else model
-        cuda = device.type == "cuda"
-        self.lr = torch.zeros((), device=device) if cuda else 0.0  # a tensor, so that a graph reads its new value
-        self.optimizer = torch.optim.SGD(model.parameters(), self.lr, momentum, weight_decay=weight_decay,
-                                         fused=True if cuda else None)
-        for parameter in model.parameters():  # a first step that fp16 skips would leave the momentum unwritten
-            self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    def __init__(self, network, device, amp="off", weight_decay=0.0, momentum=0.9, loss=label_loss, graphs=True):
+        self.network = network.to(device, memory_format=torch.channels_last)
+        on_cuda = device.type == "cuda"
+        self.lr = torch.zeros((), device=device) if on_cuda else 0.0  # a tensor, so that a graph reads its new value
+        self.optimizer = torch.optim.SGD(network.parameters(), self.lr, momentum, weight_decay=weight_decay,
+                                         fused=True if on_cuda else None)
+        self.momentum = [torch.zeros_like(parameter) for parameter in network.parameters()]
+        for parameter, velocity in zip(network.parameters(), self.momentum):  # here, since fp16 may skip a first step
+            self.optimizer.state[parameter]["momentum_buffer"] = velocity
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-        step = partial(train_step, network, self.optimizer, self.scaler, amp, loss)
-        self.step = step if parallel else graphed(step, device)  # collectives stay outside graphs
-        self.score = graphed(partial(score_step, model, amp), device)
+        self.step = partial(train_step, network, self.optimizer, self.scaler, amp, loss)
+        self.score = partial(score_step, network, amp)
+        if graphs:
+            self.step, self.score = graphed(self.step, device), graphed(self.score, device)
 
     def train(self, x, y, config, lr):
         """`train_step` at learning rate `lr`."""
-        self.optimizer.param_groups[0]["lr"] = self.lr.fill_(lr) if torch.is_tensor(self.lr) else lr
+        if torch.is_tensor(self.lr):
+            self.lr.fill_(lr)
+        else:
+            self.optimizer.param_groups[0]["lr"] = lr
         return self.step(x, y, config)
 
     def state_dict(self):
         """What a checkpoint needs: weights, momentum, loss scale."""
-        return {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scaler")}
+        return {"network": self.network.state_dict(), "momentum": self.momentum, "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state):
-        """Go on from `state_dict()`."""
-        for name, value in state.items():
-            getattr(self, name).load_state_dict(value)
+        """Go on from `state_dict()`, also on another kind of device: values are copied, settings stay those of here."""
+        self.network.load_state_dict(state["network"])
+        self.scaler.load_state_dict(state["scaler"])
+        for mine, saved in zip(self.momentum, state["momentum"]):
+            mine.copy_(saved)
 
 
 def keep_freed_memory():
@@ -617,29 +683,15 @@ def pick_amp(name, device):
 
 # ---- Checkpoint -----------------------------------------------------------------------------------------------------
 
-RANK = int(os.environ.get("RANK", 0))  # torchrun's number of this process, of WORLD in all, LOCAL_RANK on this machine
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-
-
-def say(text=""):
-    """Print on the first rank only."""
-    if RANK == 0:
-        print(text, flush=True)
-
-
-@contextlib.contextmanager
-def whole_file(path):
-    """Open a binary file that appears under `path` whole, when the block ends without an exception, or not at all."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def gather(value):
+    """The value of every rank, in their order, as a list. Over gloo: the one thing that processes do together."""
+    if WORLD == 1:
+        return [value]
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=timedelta(days=7))  # a rank may have much to train before it comes
+    values = [None] * WORLD
+    dist.all_gather_object(values, value)
+    return values
 
 
 @contextlib.contextmanager
@@ -676,61 +728,58 @@ def load_checkpoint(path):
         return None
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise
     except Exception as error:  # whatever a damaged file makes zip and unpickler raise
         raise UserError(f"{path} is damaged ({error}): delete it to start over") from None
 
 
-def from_rank_0(value):
-    """The value that rank 0 has, on every rank."""
-    box = [value]
-    if WORLD > 1:
-        dist.broadcast_object_list(box)
-    return box[0]
+def with_seed(stage, seed):
+    """The name of a search's files: seed 0 keeps the stage's, others lie beside it, such as supernet-seed1."""
+    return f"{stage}-seed{seed}" if seed else stage
 
 
-def average_over_ranks(tensor):
-    """Replace a tensor, in place, by its mean over all ranks."""
-    if WORLD > 1:
-        dist.all_reduce(tensor)
-        tensor /= WORLD
-
-
+HELD = contextlib.ExitStack()  # what this process holds until it ends
 NOT_SETTINGS = {"data_dir", "out", "device", "config", "trainings", "runs", "max_macs", "propose_only", "stem", "space"}
 
 
-@contextlib.contextmanager
-def open_stage(args, stage, ignore=()):
-    """Load the data and hold the folder --out: `with open_stage(args, "mixture") as (args, data, settings)`.
+def earlier_settings(out, name):
+    """The settings of what a stage has left in the folder `out`, from the first of its files; None if it has none."""
+    for path in [out / f"{name}.json", out / f"{name}.pt", *sorted(out.glob(f"{name}/*"))]:
+        if path.exists() and path.suffix in (".json", ".pt"):
+            return (load_json(path) if path.suffix == ".json" else load_checkpoint(path)).get("args", {})
+    return None
 
-    settings: the options that determine the results, except those to `ignore`. When the stage was begun there with
-    other settings, raises UserError, naming them. Settles args.amp: `auto` keeps the precision of what lies there."""
+
+def open_stage(args, name, ignore=()):
+    """Load the data and lock the folder --out for this process: (data, settings).
+
+    settings: the options that determine the results, except those to `ignore`. Where the stage was begun with others,
+    raises UserError, naming them. Settles args.amp: `auto` keeps the precision that the stage was begun with."""
     data = load_dataset(args.dataset, args.data_dir, args.image_size, args.limit_train, args.limit_test)
-    with contextlib.ExitStack() as stack:
-        if RANK == 0:
-            stack.enter_context(locked(args.out, wait=False))
-        args.out.mkdir(parents=True, exist_ok=True)  # on every rank: machines need not share a disk
-        files = [*args.out.glob(f"{stage}.*"), *args.out.glob(f"{stage}/*")]
-        begun = [load_json(path).get("args", {}) for path in files if path.suffix == ".json"]
-        begun += [load_checkpoint(path)["args"] for path in files if path.suffix == ".pt"]
-        if args.amp == "auto":
-            others = [load_json(path).get("args", {}) for path in sorted(args.out.glob("*.json"))]
-            args.amp = next((earlier["amp"] for earlier in begun + others if "amp" in earlier), "auto")
-        args.amp = from_rank_0(pick_amp(args.amp, args.device))
-        settings = {key: value for key, value in sorted(vars(args).items()) if key not in {*NOT_SETTINGS, *ignore}}
-        settings.update(dataset=data.name, data_digest=data.digest)
-        for earlier in begun:
-            differ = [f"--{key.replace('_', '-')} ({earlier.get(key)} there, {value} here)"
-                      for key, value in settings.items() if earlier.get(key) != value]
-            if differ:
-                raise UserError(f"{args.out} holds a {stage} run with other settings: {', '.join(differ)}; "
-                                f"use those, choose another --out, or delete the folder")
-        yield args, to_device(data, args.device), settings
+    args.out.mkdir(parents=True, exist_ok=True)
+    if RANK == 0:
+        HELD.enter_context(locked(args.out, wait=False))
+    earlier = earlier_settings(args.out, name)
+    if args.amp == "auto":
+        args.amp = (earlier or {}).get("amp", "auto")
+    args.amp = gather(pick_amp(args.amp, args.device))[0]  # a measurement, which may differ between ranks
+    settings = {key: value for key, value in sorted(vars(args).items()) if key not in {*NOT_SETTINGS, *ignore}}
+    settings.update(dataset=data.name, data_digest=data.digest)
+    differ = {key: f"--{key.replace('_', '-')} ({earlier.get(key)} there, {value} here)"
+              for key, value in settings.items() if earlier is not None and earlier.get(key) != value}
+    if "data_digest" in differ:
+        differ["data_digest"] = "--dataset (other images)"
+    if differ:
+        raise UserError(f"{args.out} holds a {name} run with other settings: {', '.join(differ.values())}; "
+                        f"use those, choose another --out, or delete the folder")
+    return to_device(data, args.device), settings
 
 
-def steps_per_epoch(split, batch_size, world=1):
-    """Training steps of one epoch. Raises UserError when there is none, or when the ranks cannot share a batch."""
-    if len(split) < batch_size or batch_size % world:
-        raise UserError(f"--batch-size {batch_size}: there are {len(split)} images, and {world} ranks to share a batch")
+def steps_per_epoch(split, batch_size):
+    """Training steps of one epoch. Raises UserError when there is none."""
+    if len(split) < batch_size:
+        raise UserError(f"--batch-size {batch_size} is more than the {len(split)} images: lower it")
     return len(split) // batch_size
 
 
@@ -743,8 +792,8 @@ def log_epoch(epoch, args, measures, began, steps, label=""):
     seconds, lr = time.monotonic() - began, cosine_lr(epoch * steps, args.epochs * steps, args.lr, args.warm_up)
     text = "  ".join(f"{name} {value:.4f}" for name, value in measures.items())
     speed, left = steps * args.batch_size / seconds, (args.epochs - epoch - 1) * seconds / 60
-    print(f"{label}epoch {epoch + 1}/{args.epochs}  {text}  lr {lr:.4f}  {speed:.0f} images/s  {left:.1f} min left",
-          flush=True)
+    say(f"{label}epoch {epoch + 1}/{args.epochs}  {text}  lr {lr:.4f}  {speed:.0f} images/s  {left:.1f} min left",
+        every_rank=True)
     rounded = {name: round(value, 6) for name, value in measures.items()}
     return {"epoch": epoch + 1, **rounded, "lr": round(lr, 6), "seconds": round(seconds, 2)}
 
@@ -767,13 +816,18 @@ def pareto(results, key):
     return front
 
 
-def rank_against_single(args, results):
-    """How well searched results rank, judged by the test accuracies in single.json of --out: the JSON's `rank`.
+def judge(args, results, expected):
+    """How well searched results rank, by the test accuracies in single.json of --out: the JSON's `rank`.
 
     kendall_tau: tau-b of val_acc; kendall_tau_macs: of multiply-adds alone. regret: the best true accuracy minus that
-    of the configuration with the best val_acc, a fraction. None unless half of the results are there to compare."""
+    of the configuration with the best val_acc, a fraction. None where fewer than half of the results are known there,
+    or where it is not of the images, size and space `expected` (see `load_json`), which one line says."""
     path = args.out / "single.json"
-    single = load_json(path, "test_acc", stage="single", space=args.space)["results"] if path.exists() else []
+    try:
+        single = load_json(path, "test_acc", **expected)["results"] if path.exists() else []
+    except UserError as error:
+        say(f"not judged: {error}", every_rank=True)
+        return None
     truth = {tuple(entry["config"]): entry["test_acc"] for entry in single}
     known = [r for r in results if tuple(r["config"]) in truth]
     if len(known) < max(2, len(results) / 2):
@@ -785,14 +839,12 @@ def rank_against_single(args, results):
             "regret": max(true) - truth[tuple(chosen["config"])], "against": path.name, "n": len(known)}
 
 
-def print_ranks(args):
-    """Print how the searches in --out rank, beside ranking by cost alone."""
-    for path in (args.out / "supernet.json", args.out / "mixture.json"):
-        rank = load_json(path).get("rank") if path.exists() else None
-        if rank:
-            say(f"{path.name} against {rank['against']}, {rank['n']} configurations: Kendall's tau "
-                f"{rank['kendall_tau'] or 0:.2f}, by multiply-adds alone {rank['kendall_tau_macs'] or 0:.2f}; "
-                f"its choice is {100 * rank['regret']:.2f} points below the best")
+def print_rank(name, rank):
+    """Print what `judge` found, where it found something."""
+    if rank:
+        say(f"{name} against {rank['against']}, {rank['n']} configurations: Kendall's tau "
+            f"{rank['kendall_tau'] or 0:.2f}, by multiply-adds alone {rank['kendall_tau_macs'] or 0:.2f}; "
+            f"its choice is {100 * rank['regret']:.2f} points below the best", every_rank=True)
 
 
 def print_table(header, rows):
@@ -828,23 +880,26 @@ def save_json(path, data):
 
 
 def load_json(path, key=None, **expected):
-    """Read a JSON object. Raises UserError, naming the file, when it is missing or damaged, when an entry of its
-    `results` has no configuration or no number `key`, or when it is not as expected, for example stage="mixture"."""
+    """Read a JSON object. Raises UserError, naming the file, when it is damaged, when an entry of its `results` has no
+    configuration or no number `key`, or when it is not as expected, for example dataset="cifar10"."""
     try:
-        data = json.loads(Path(path).read_text())
-        differ = [f"{name} {data[name]} instead of {want}" for name, want in expected.items() if data[name] != want]
-        if not isinstance(data.get("args", {}), dict) or (key and not data["results"]):
-            raise ValueError("no settings or no results")
-        for entry in data["results"] if key else []:
-            if not entry["config"] or not math.isfinite(entry[key]):
-                raise ValueError(f"a result without config or {key}")
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        data = dict(json.loads(Path(path).read_bytes()))
+        differ = [f"{name} {data.get(name)} instead of {want}" for name, want in expected.items()
+                  if data.get(name) != want]
+        if key and not (data["results"] and all(r["config"] and math.isfinite(r[key]) for r in data["results"])):
+            raise ValueError(f"no results with config and {key}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error!r}): delete it and make it again") from None
     if differ:
-        raise UserError(f"{path} has {', '.join(differ)}: choose another --out")
+        raise UserError(f"{path} has {', '.join(differ)}")
     return data
+
+
+def identity(args, digest=None):
+    """What two stages' JSON must share for one to use the other: keywords for `load_json`. digest: that of the data,
+    left out where they are not at hand."""
+    same = {"dataset": as_text(Path(args.dataset).resolve().name), "image_size": args.image_size, "space": args.space}
+    return same if digest is None else {**same, "data_digest": digest}
 
 
 def result_fields(config, data, args):
@@ -856,22 +911,21 @@ def result_fields(config, data, args):
     return {"config": list(config), "macs": macs, "params": params}
 
 
-def write_stage(args, stage, data, settings, results, key, counts, seconds, **extra):
-    """Write the stage's JSON on rank 0: results best first by `key`, the best, the default and the Pareto set.
+def write_stage(args, name, data, settings, results, key, counts, seconds, **extra):
+    """Write a stage's JSON, `name`.json: results best first by `key`, the best, the default and the Pareto set.
 
-    counts: the images that train, score and test."""
+    name: as from `with_seed`; counts: the images that train, score and test."""
     results = sorted(results, key=lambda r: -r[key])
     default = list(default_config(args.layers, args.scales))
     device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type
-    if RANK == 0:
-        save_json(args.out / f"{stage}.json", {
-            "schema": 1, "stage": stage, "dataset": data.name, "image_size": args.image_size,
-            "num_classes": len(data.classes), "n_train": counts[0], "n_val": counts[1], "n_test": counts[2],
-            "space": args.space, "args": settings,
-            "env": {"torch": torch.__version__, "device": device, "amp": args.amp, "ranks": WORLD},
-            "seconds": round(seconds, 2), "results": results, "best": results[0],
-            "default": next((r for r in results if r["config"] == default), None),
-            "pareto": [r["config"] for r in pareto(results, key)], **extra})
+    save_json(args.out / f"{name}.json", {
+        "schema": 1, "stage": name.partition("-")[0], "dataset": data.name, "image_size": args.image_size,
+        "num_classes": len(data.classes), "n_train": counts[0], "n_val": counts[1], "n_test": counts[2],
+        "data_digest": data.digest,
+        "space": args.space, "args": settings, "env": {"torch": torch.__version__, "device": device, "amp": args.amp},
+        "seconds": round(seconds, 2), "classes": data.classes, "results": results, "best": results[0],
+        "default": next((r for r in results if r["config"] == default), None),
+        "pareto": [r["config"] for r in pareto(results, key)], **extra})
 
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
@@ -880,7 +934,7 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line."""
 
     def error(self, message):
-        raise UserError(f"{message} (--help lists the options)")
+        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
 
 
 def parse(doc, add_options=lambda add: None, synthetic_epochs=7):
@@ -889,21 +943,20 @@ def parse(doc, add_options=lambda add: None, synthetic_epochs=7):
     Returns the namespace with defaults filled in and `device` a torch.device. Raises UserError."""
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add("--dataset", default="cifar10", help="cifar10 (default), cifar100, food101, synthetic, or a folder with images "
-        "in train/<class>/ and test/<class>/ (or val/<class>/)")
+    add("--dataset", default="cifar10", help="cifar10 (default), cifar100, food101, synthetic, or a folder of images")
     add("--data-dir", default="data", help="folder where data sets are kept and downloaded to; default data")
     add("--out", type=Path, help="folder of the JSON files and checkpoints; default runs/<dataset>")
-    add("--image-size", type=int, help="side of the square images, 16, 32, 64 or 128 pixels; default 32, but 128 for "
-        "food101 and 16 for synthetic")
-    add("--epochs", type=int, help="passes over the training images; default 100 (paper), but on synthetic 7 for a "
-        "network alone and 24 for a search")
-    add("--batch-size", type=int, help="images per step, over all ranks; default 128 (paper), but 64 on synthetic")
-    add("--lr", type=float, help="first learning rate, falls to 1%% of it along a cosine; default 0.1 (paper), but "
-        "0.015 on synthetic")
-    add("--warm-up", type=float, help="part of the steps in which the rate first rises; default 0 (paper), but 0.2 on "
-        "synthetic")
+    add("--image-size", type=int, help="side of the square images in pixels, 16, 32, 64 or 128; default 32 "
+        "(food101 128, synthetic 16)")
+    add("--epochs", type=int, help="passes over the training images; default 100 (paper), on synthetic 7 for a network "
+        "alone and 24 for a search")
+    add("--batch-size", type=int, help="images per step; default 128 (paper; synthetic 64)")
+    add("--lr", type=float, help="first learning rate, falls to 1%% of it along a cosine; default 0.1 (paper; "
+        "synthetic 0.015)")
+    add("--warm-up", type=float, help="part of the steps, 0 to 1, in which the rate rises; default 0 (paper; "
+        "synthetic 0.2)")
     add("--weight-decay", type=float, default=0.0, help="L2 penalty; default 0 (paper)")
-    add("--seed", type=int, default=0, help="of everything random; default 0")
+    add("--seed", type=int, default=0, help="of everything random; default 0; a search under torchrun adds its rank")
     add("--layers", type=int, default=10, help="searched layers; default 10, a ResNet20")
     add("--scales", type=int, default=3, help="resolutions; default 3")
     add("--device", default="auto", help="auto (default: cuda, then mps, then cpu) or a torch device")
@@ -913,10 +966,13 @@ def parse(doc, add_options=lambda add: None, synthetic_epochs=7):
     add("--limit-test", type=int, help="use only the first N test images of a fixed class-balanced shuffle")
     add_options(add)
     args = parser.parse_args()
-    least = {"weight_decay": 0, "warm_up": 0, "seed": 0, "shared_epochs": 0, "lr": sys.float_info.min, "layers": 3}
+    least = {"weight_decay": 0, "warm_up": 0, "seed": 0, "shared_epochs": 0, "split_at": 0, "layers": 3,
+             "limit_test": 2, "lr": sys.float_info.min, "exponent": sys.float_info.min}
+    most = {"warm_up": 1, "split_at": 1}
     for name, value in vars(args).items():
-        if type(value) in (int, float) and not least.get(name, 1) <= value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least.get(name, 1):.3g}")
+        low, high = least.get(name, 1), most.get(name, sys.float_info.max)
+        if type(value) in (int, float) and not low <= value <= high:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be from {low:.3g} to {high:.3g}")
     synthetic = args.dataset == "synthetic"  # few steps: at a rate of 0.1 some configurations would not begin to learn
     args.epochs = args.epochs or (synthetic_epochs if synthetic else 100)
     args.batch_size = args.batch_size or (64 if synthetic else 128)
@@ -927,9 +983,9 @@ def parse(doc, add_options=lambda add: None, synthetic_epochs=7):
     if args.image_size not in (16, 32, 64, 128):
         raise UserError(f"--image-size {args.image_size}: must be 16, 32, 64 or 128")
     args.stem = max(1, args.image_size // 32)
-    most = min(args.layers, (args.image_size // args.stem).bit_length())
-    if args.scales > most:
-        raise UserError(f"--scales {args.scales}: {args.layers} layers and this image size allow {most}")
+    most_scales = min(args.layers, (args.image_size // args.stem).bit_length())
+    if args.scales > most_scales:
+        raise UserError(f"--scales {args.scales}: {args.layers} layers and this image size allow {most_scales}")
     args.space = {"layers": args.layers, "scales": args.scales, "size": len(pooling_configs(args.layers, args.scales))}
     args.out = args.out or Path("runs", Path(args.dataset).resolve().name)
     args.device = pick_device(args.device, LOCAL_RANK)
@@ -939,12 +995,10 @@ def parse(doc, add_options=lambda add: None, synthetic_epochs=7):
 
 
 def run_main(main):
-    """Run a script's main, under torchrun with a process group. A UserError and its like are one line, exit code 2."""
+    """Run a script's main. A UserError and its like are one line on standard error, exit code 2."""
     try:
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
         keep_freed_memory()
-        if WORLD > 1:  # NCCL wants a GPU for each rank
-            nccl = int(os.environ["LOCAL_WORLD_SIZE"]) <= torch.cuda.device_count()
-            dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=timedelta(days=7))
         return main()
     except (torch.OutOfMemoryError, MemoryError):
         message = "out of memory: lower --batch-size, or choose another --device; the last checkpoint is kept"

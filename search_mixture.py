@@ -6,24 +6,26 @@
     python search_mixture.py --dataset path/to/images        # a folder with train/<class>/* and test/<class>/*
     python search_mixture.py --dataset synthetic             # a few minutes on a laptop
     python search_mixture.py --shared-epochs 30              # small budgets: start all models from one SuperNet
-    torchrun --nproc_per_node=2 search_mixture.py            # data-parallel, the same global batch
+    python search_mixture.py --sampler cost                  # not in the paper: configurations drawn by their cost
+    torchrun --nproc_per_node=3 search_mixture.py            # seeds 0, 1 and 2, each on the GPU of its number
 
-W (configurations x M) estimates the validation accuracy of configuration a under model m. Each epoch turns it into
-balanced probabilities p(m | a); each step draws a uniformly and m from p(m | a), trains model m through a, scores
-the pair on one validation batch, and moves W[a, m] towards that score. No earlier stage is needed.
+W (configurations x M) estimates the validation accuracy of configuration a under model m. Once a block of 36 steps it
+is turned into balanced probabilities p(m | a). Each step draws a uniformly and m from p(m | a), trains model m through
+a, scores the pair on one validation batch, and moves W[a, m] towards that score. No earlier stage is needed.
 
-Paper: Javan, Toews, Pedersoli, AutoML 2023, arXiv 2306.11982, section 4. Writes mixture.json, and mixture.pt.
+Paper: Javan, Toews, Pedersoli, AutoML 2023, arXiv 2306.11982, section 4. Writes mixture.json and mixture.pt; another
+seed than 0 writes mixture-seed1.json and so on.
 """
-import copy
 import time
 
 import numpy as np
 import torch
 
-from common import (RANK, WORLD, Learner, ResNet20, average_over_ranks, cosine_lr, default_config, derive_seed,
-                    evaluate, from_rank_0, halves, load_checkpoint, log_epoch, open_stage, parse, pooling_configs,
-                    print_ranks, print_results, print_table, rank_against_single, result_fields, run_main,
-                    save_checkpoint, say, show, steps_per_epoch, training_batches, write_stage)
+from common import (RANK, WORLD, Learner, ResNet20, UserError, cosine_lr, default_config, derive_seed, evaluate, halves,
+                    identity, judge, load_checkpoint, load_json, log_epoch, open_stage, parse, pooling_configs,
+                    print_rank, print_results, print_table, result_fields, run_main, save_checkpoint, say, show,
+                    steps_per_epoch, training_batches, with_seed, write_stage)
+from search_supernet import BLOCK, SAMPLERS
 
 
 def balance(probs, tolerance=1e-8, rounds=10_000):
@@ -50,8 +52,8 @@ def balance(probs, tolerance=1e-8, rounds=10_000):
 class Assignment:
     """The matrix W of the paper: which model trains which configuration.
 
-    W: float64 (configurations, M), running estimate of validation accuracy, 1 at the start (section 4);
-    counts: int64 of the same shape, how often each pair was trained; momentum: of the running estimate."""
+    W: float64 (configurations, M), running estimate of validation accuracy, 1 at the start (section 4); counts: int64
+    of the same shape, how often each pair was trained; momentum: of the running estimate (paper: 0.9)."""
 
     def __init__(self, configs, models, momentum=0.9):
         self.W = torch.ones(configs, models, dtype=torch.float64)
@@ -63,15 +65,13 @@ class Assignment:
         probs = torch.softmax((1 + 99 * progress) * self.W, dim=1)
         return balance(probs) if balanced else probs
 
-    def draw(self, probs, steps, seed):
-        """Draw `steps` pairs: the configuration uniformly, then its model from its row. Two int64 arrays (steps,)."""
-        rng = np.random.default_rng(seed)
-        configs = rng.integers(0, len(probs), steps)
+    def draw(self, probs, configs, rng):
+        """Draw a model for each of `configs` (a list of B indices) from its row of p(model | configuration): (B,)."""
         edges = probs.cumsum(1).numpy()[configs, :-1]  # without the last edge rounding cannot fall off the end
-        return configs, (rng.random((steps, 1)) >= edges).sum(1)
+        return (rng.random((len(configs), 1)) >= edges).sum(1)
 
     def update(self, configs, models, accuracies):
-        """Record scored steps in their order. p changes once an epoch, so this too can wait for the epoch's end."""
+        """Record scored steps in their order."""
         for a, m, accuracy in zip(configs, models, accuracies):
             self.W[a, m] = self.momentum * self.W[a, m] + (1 - self.momentum) * accuracy
             self.counts[a, m] += 1
@@ -80,76 +80,83 @@ class Assignment:
 def main():
     def options(add):
         add("--models", type=int, default=4, help="M, the sets of weights; default 4")
+        add("--sampler", choices=["uniform", "cost", "fair"], default="uniform", help="how configurations are drawn, "
+            "as in search_supernet.py; default uniform (paper)")
         add("--shared-epochs", type=int, default=0, help="extension, not in the paper: epochs that train one shared "
             "SuperNet, whose weights then start all models; default 0")
         add("--no-balance", action="store_true", help="leave p(model | configuration) unbalanced, to see what happens")
         add("--all-pairs", action="store_true", help="score each configuration with every model, not with the most "
             "probable one alone; also after a search that has ended")
-    ignored = {"limit_test", "all_pairs"}
-    with open_stage(parse(__doc__, options, synthetic_epochs=24), "mixture", ignored) as stage:
-        search(*stage)
+    args = parse(__doc__, options, synthetic_epochs=24)
+    if args.shared_epochs >= args.epochs:
+        raise UserError(f"--shared-epochs {args.shared_epochs}: must be below the {args.epochs} epochs of the run")
+    args.seed += RANK
+    args.exponent = 1.0  # of --sampler cost
+    name = with_seed("mixture", args.seed)
+    search(args, *open_stage(args, name, ignore={"limit_test", "all_pairs", "exponent"}), name)
 
 
-def search(args, data, settings):
+def search(args, data, settings, name):
     """The search of the paper, section 4, from the arguments to mixture.json."""
-    configs, device, checkpoint = pooling_configs(args.layers, args.scales), args.device, args.out / "mixture.pt"
+    configs, device, checkpoint = pooling_configs(args.layers, args.scales), args.device, args.out / f"{name}.pt"
+    fields = [result_fields(config, data, args) for config in configs]
+    sampler = SAMPLERS[args.sampler](configs, [entry["macs"] for entry in fields], args)
     training, scoring = halves(data.train, args.seed)
-    steps = min(steps_per_epoch(half, args.batch_size, WORLD) for half in (training, scoring))
+    steps = steps_per_epoch(training, args.batch_size)
     learners = []
     for m in range(args.models):
         torch.manual_seed(derive_seed("weights", args.seed, m))
-        net = ResNet20(data.train.pixels.shape[-1], len(data.classes), args.stem, args.layers, norm="shared")
-        learners.append(Learner(net, device, args.amp, args.weight_decay, parallel=WORLD > 1))
+        network = ResNet20(data.train.pixels.shape[-1], len(data.classes), args.stem, args.layers, norm="shared")
+        learners.append(Learner(network, device, args.amp, args.weight_decay))
     assignment = Assignment(len(configs), args.models)
-    history, state = [], from_rank_0(load_checkpoint(checkpoint))
+    history, state = [], load_checkpoint(checkpoint)
     if state:
         history, assignment.W, assignment.counts = state["history"], state["W"], state["counts"]
         for learner, saved in zip(learners, state["learners"]):
             learner.load_state_dict(saved)
-        say(f"going on after epoch {len(history)}")
+        say(f"{name} goes on after epoch {len(history)}", every_rank=True)
 
     # ---- the search -------------------------------------------------------------------------------------------------
     for epoch in range(len(history), args.epochs):
-        began, log = time.monotonic(), torch.zeros(2, steps, device=device)  # loss and validation accuracy
-        probs = assignment.probabilities(epoch / max(1, args.epochs - 1), not args.no_balance)
-        drawn, owners = assignment.draw(probs, steps, derive_seed("draw", args.seed, epoch))
-        if epoch < args.shared_epochs:
-            owners = np.zeros_like(owners)
-        feed = training_batches(training, args.batch_size, device, derive_seed("order", args.seed, epoch),
-                                rank=RANK, world=WORLD)
-        check = training_batches(scoring, args.batch_size, device, derive_seed("scoring order", args.seed, epoch),
-                                 augment=False, rank=RANK, world=WORLD)
-        for step, (train_batch, scoring_batch) in enumerate(zip(feed, check)):
-            config, learner = configs[drawn[step]], learners[owners[step]]
-            lr = cosine_lr(epoch * steps + step, args.epochs * steps, args.lr, args.warm_up)
-            log[0, step] = learner.train(*train_batch, config, lr)[0]
-            log[1, step] = learner.score(*scoring_batch, config)
-        average_over_ranks(log)
-        if epoch >= args.shared_epochs:
-            assignment.update(drawn, owners, log[1].tolist())
-        elif epoch + 1 == args.shared_epochs:
+        began, log = time.monotonic(), torch.zeros(steps, 2, device=device)  # loss and validation accuracy
+        rng, shared = np.random.default_rng(derive_seed("draw", args.seed, epoch)), epoch < args.shared_epochs
+        train_batches = training_batches(training, args.batch_size, device, derive_seed("order", args.seed, epoch))
+        score_batches = training_batches(scoring, args.batch_size, device,
+                                         derive_seed("scoring order", args.seed, epoch), augment=False)
+        for start in range(0, steps, BLOCK):
+            block, progress = range(start, min(start + BLOCK, steps)), (epoch * steps + start) / (args.epochs * steps)
+            drawn = sampler.draw(len(block), progress, rng)
+            owners = assignment.draw(assignment.probabilities(progress, not args.no_balance), drawn, rng)
+            if shared:
+                owners = np.zeros_like(owners)
+            for step, a, m, (x, y), scored in zip(block, drawn, owners, train_batches, score_batches):
+                lr = cosine_lr(epoch * steps + step, args.epochs * steps, args.lr, args.warm_up)
+                log[step, 0] = learners[m].train(x, y, configs[a], lr)[0]
+                log[step, 1] = learners[m].score(*scored, configs[a])
+            if not shared:
+                assignment.update(drawn, owners, log[block.start:block.stop, 1].tolist())
+        if epoch + 1 == args.shared_epochs:
             for learner in learners[1:]:
-                learner.load_state_dict(copy.deepcopy(learners[0].state_dict()))
-        loss, accuracy = log.mean(1).tolist()
-        if RANK == 0:
-            history.append(log_epoch(epoch, args, {"loss": loss, "val_acc": accuracy}, began, steps))
-            save_checkpoint(checkpoint, {"history": history, "W": assignment.W, "counts": assignment.counts,
-                                         "learners": [learner.state_dict() for learner in learners], "args": settings})
+                learner.load_state_dict(learners[0].state_dict())
+        loss, accuracy = log.mean(0).tolist()
+        label = f"seed {args.seed}  " if WORLD > 1 else ""
+        history.append(log_epoch(epoch, args, {"loss": loss, "val_acc": accuracy}, began, steps, label))
+        save_checkpoint(checkpoint, {"history": history, "W": assignment.W, "counts": assignment.counts,
+                                     "learners": [learner.state_dict() for learner in learners], "args": settings})
 
     # ---- every configuration on the whole scoring half, with its most probable model ---------------------------------
     began, results, pairs = time.monotonic(), [], []
-    probs = assignment.probabilities(1.0, not args.no_balance)
-    for config, owner in zip(configs, probs.argmax(1).tolist()):
-        asked = range(args.models) if args.all_pairs else [owner]
-        scores = {m: round(evaluate(learners[m].model, scoring, config, device, args.amp, args.batch_size), 6)
-                  for m in asked}
-        results.append({**result_fields(config, data, args), "val_acc": scores[owner], "model": owner})
+    probs, counts = assignment.probabilities(1.0, not args.no_balance), assignment.counts.tolist()
+    for config, entry, owner, trained in zip(configs, fields, probs.argmax(1).tolist(), counts):
+        models = range(args.models) if args.all_pairs else [owner]
+        scores = {m: round(evaluate(learners[m].score, scoring, config, device, args.batch_size), 6) for m in models}
+        results.append({**entry, "val_acc": scores[owner], "model": owner, "steps": sum(trained)})
         pairs.append(list(scores.values()))
     seconds = sum(entry["seconds"] for entry in history) + time.monotonic() - began
-    counts = assignment.counts.tolist()
+    rank = judge(args, results, identity(args, data.digest))
     extra = {"pairs": pairs} if args.all_pairs else {}
-    write_stage(args, "mixture", data, settings, results, "val_acc", (len(training), len(scoring), 0), seconds,
-                rank=rank_against_single(args, results), configs=[list(config) for config in configs],
+    write_stage(args, name, data, settings, results, "val_acc", (len(training), len(scoring), 0), seconds,
+                rank=rank, configs=[list(config) for config in configs],
                 probabilities=[[round(p, 6) for p in row] for row in probs.tolist()],
                 W=[[round(w, 6) for w in row] for row in assignment.W.tolist()], trained=counts, history=history,
                 **extra)
@@ -164,8 +171,11 @@ def search(args, data, settings):
         say(f"model {m} owns {len(own)} configurations, mean accuracy {np.mean(own or [0]):.4f}")
     say()
     print_results(results, "val_acc", default_config(args.layers, args.scales))
-    print_ranks(args)
-    say(f"wrote {args.out / 'mixture.json'}")
+    naive = args.out / "supernet.json"
+    if naive.exists():
+        print_rank(naive.name, load_json(naive).get("rank"))
+    print_rank(f"{name}.json", rank)
+    say(f"wrote {args.out / name}.json", every_rank=True)
 
 
 if __name__ == "__main__":

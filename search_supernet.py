@@ -1,20 +1,24 @@
-"""Stage 2, the naive SuperNet (single path one-shot): one set of weights for all pooling configurations.
+"""Stage 2, a SuperNet: one set of weights for all pooling configurations, and every way to draw and to teach its paths.
 
-    python search_supernet.py                              # CIFAR-10, the paper's 100 epochs
+    python search_supernet.py                              # CIFAR-10, the paper's naive SuperNet, 100 epochs
+    python search_supernet.py --sampler cost               # the same steps, drawn in proportion to multiply-adds
     python search_supernet.py --dataset synthetic          # a minute on a laptop
     python search_supernet.py --dataset path/to/images     # a folder with train/<class>/* and test/<class>/*
     python search_supernet.py --sampler prioritized        # PSS-Net: good at every budget of multiply-adds
-    torchrun --nproc_per_node=2 search_supernet.py         # data-parallel, the same global batch
+    torchrun --nproc_per_node=3 search_supernet.py         # seeds 0, 1 and 2, each on the GPU of its number
 
-Each step draws a configuration uniformly and takes one SGD step through it, on one half of the training images.
-Then every configuration is scored with the shared weights on the other half. The paper's point: this ranks badly.
+Each step draws a configuration and takes one SGD step through it, on one half of the training images. Then every
+configuration is scored with the shared weights on the other half. Drawn uniformly, the naive SuperNet (single path
+one-shot) ranks badly: its scores say how often a configuration's layers were trained (`exposure`).
 Last comes a table of budgets: the best of each cost class, as a network to deploy (`extract_network`).
 
-Papers: Javan, Toews, Pedersoli, AutoML 2023, arXiv 2306.11982; single path one-shot: Guo et al., ECCV 2020;
-prioritised sampling: Chen, Lin, Ji, Cao, "Prioritized Subnet Sampling for Resource-Adaptive Supernet Training"
-(PSS-Net), TPAMI 2023, arXiv 2109.05432. Writes supernet.json, and the weights to supernet.pt.
+Paper: Javan, Toews, Pedersoli, AutoML 2023, arXiv 2306.11982. Each sampler and each loss names its own source. Writes
+supernet.json and the weights to supernet.pt; another seed than 0 writes supernet-seed1.json and so on.
 """
+import copy
 import itertools
+import math
+import re
 import statistics
 import time
 import timeit
@@ -22,80 +26,309 @@ from functools import partial
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (RANK, WORLD, Learner, ResNet20, UserError, average_over_ranks, cosine_lr, count_macs,
-                    default_config, derive_seed, evaluate, from_rank_0, halves, label_loss, load_checkpoint, log_epoch,
-                    open_stage, parse, pooling_configs, print_ranks, print_results, print_table, rank_against_single,
-                    result_fields, run_main, save_checkpoint, say, show, steps_per_epoch, training_batches,
-                    write_stage)
+from common import (RANK, WORLD, Learner, ResNet20, UserError, cosine_lr, default_config, derive_seed,
+                    evaluate, halves, identity, judge, label_loss, load_checkpoint, log_epoch, open_stage, parse,
+                    pooling_configs, print_rank, print_results, print_table, result_fields, run_main, save_checkpoint,
+                    say, score_step, scoring_batches, show, steps_per_epoch, training_batches, with_seed, write_stage)
+
+BLOCK = 36  # steps between two updates of what adapts: one wait for the device instead of 36
 
 
-class Pools:
-    """Prioritised subnet sampling (PSS-Net): configurations of similar cost compete in a pool.
+# ---- Samplers: which configuration the next steps train --------------------------------------------------------------
+#
+# draw(steps, progress, rng): a list of indices; progress: 0..1 of the run; rng: a NumPy Generator.
+# update(drawn, rewards): told after the steps; reward: which one, "loss" (of training) or "val_acc" (of one scoring
+# batch through the same path, which costs a third of a step), or None. state: all that changes, for a checkpoint.
 
-    macs: multiply-adds of each configuration. The source samples a huge space and fills pools with what it meets;
-    with 36 configurations the classes of cost are small, so `pools` classes of equal number are cut along the cost
-    (none is empty), and a pool keeps the `size` best of its class. Scores are updated once an epoch, not once a
-    step, so that no step waits for its loss.
-    score: running average (0.9) of minus the loss, None before the first; members: the pool of each class."""
+def exposure(configs):
+    """How well uniform draws feed each configuration: (n,), the mean over its layers of log(share), where share is the
+    part of all draws that train this layer at the resolution at which this configuration runs it."""
+    resolutions = np.array([np.repeat(np.arange(len(config)), config) for config in configs])  # (n, layers)
+    share = (resolutions[:, None] == resolutions).mean(1)
+    return np.log(share).mean(1)
+
+
+class Proportional:
+    """Independent draws, in proportion to values ** exponent.
+
+    Exponent 0 draws uniformly: the naive SuperNet (paper, section 4; Guo et al., ECCV 2020). Multiply-adds with 1 draw
+    by cost (ours: what is expensive learns more slowly); a step then costs 1.32 uniform ones. exp(exposure) with -3
+    draws against exposure (ours, after the aim of FairNAS, Chu et al., ICCV 2021); a step costs 1.20."""
+    reward = None
+
+    def __init__(self, values, exponent):
+        weights = np.asarray(values, float) ** exponent
+        self.probabilities, self.state = weights / weights.sum(), {}
+
+    def draw(self, steps, progress, rng):
+        return rng.choice(len(self.probabilities), steps, p=self.probabilities).tolist()
+
+    def update(self, drawn, rewards):
+        """Nothing is learned."""
+
+
+def grow(node, split, level=0):
+    """A tree as {node: children}; a node is the tuple of all leaves below it, split(node, level) lists its children."""
+    if len(node) == 1:
+        return {}
+    tree = {node: split(node, level)}
+    for child in tree[node]:
+        tree.update(grow(child, split, level + 1))
+    return tree
+
+
+class TreeSearch:
+    """Draws that walk down a tree of configurations, towards what was rewarded (UCT, Kocsis and Szepesvari, 2006).
+
+    A child is drawn by softmax((R + shared * G + explore * sqrt(ln(n_parent) / n)) / T + ln(leaves)), one that was
+    never visited first. R: running mean of its rewards; n: its visits; T: temperature, which falls exponentially
+    between the two given; leaves: how many configurations lie below it, so that equal R mean uniform draws. The first
+    part `uniform` of the run draws uniformly.
+
+    tree: "flat", all configurations below the root: Boltzmann sampling with explore 0 (a baseline of the paper).
+    "cuts", a level for each pooling position: Monte-Carlo tree search (another; its constants are not published).
+    "rank", halves of halves of the configurations in the order of their scores, grown anew every tenth of the run:
+    "Iterative MCTS" (AutoML 2025). Each of the three costs 1.33 uniform steps, for the scoring.
+    reward "loss" and `shared`: after MCT-NAS (Su et al., CVPR 2021, arXiv 2103.11922): the reward is the running mean
+    of all losses over this one; G is its running mean over all nodes with the same cut (node communication). No code
+    of it is public: the constants are ours. It costs 1.0."""
+
+    def __init__(self, configs, tree, reward="val_acc", explore=1.0, shared=0.0, temperatures=(0.7, 0.01), uniform=0.0):
+        self.cuts, self.tree, self.reward = np.cumsum(configs, 1)[:, :-1].tolist(), tree, reward
+        self.explore, self.shared, self.temperatures, self.uniform = explore, shared, temperatures, uniform
+        split = self.split_by_cut if tree == "cuts" else lambda node, level: [(leaf,) for leaf in node]
+        self.plant(tuple(range(len(configs))), split)
+
+    def plant(self, root, split):
+        """Begin with a new tree, of which nothing is known."""
+        self.state = {"root": root, "tree": grow(root, split), "visits": {}, "means": {}, "cut_means": {},
+                      "mean_loss": None}
+
+    def split_by_cut(self, node, level):
+        groups = {}
+        for leaf in node:
+            groups.setdefault(self.cuts[leaf][level], []).append(leaf)
+        return [tuple(group) for group in groups.values()]
+
+    def path(self, leaf):
+        """The nodes from below the root to a leaf."""
+        node = self.state["root"]
+        while len(node) > 1:
+            node = next(child for child in self.state["tree"][node] if leaf in child)
+            yield node
+
+    def probabilities(self, node, level, temperature):
+        """p(child) of a node's children, (children,)."""
+        children, visits = self.state["tree"][node], self.state["visits"]
+        new = np.array([child not in visits for child in children], float)
+        if new.any():
+            return new / new.sum()
+        parent = sum(visits[child] for child in children)
+        logits = []
+        for child in children:
+            value = self.state["means"].get(child, 0.0) + self.explore * math.sqrt(math.log(parent) / visits[child])
+            if self.shared:
+                value += self.shared * self.state["cut_means"].get((level, self.cuts[child[0]][level]), 1.0)
+            logits.append(value / temperature + math.log(len(child)))
+        weights = np.exp(np.array(logits) - max(logits))
+        return weights / weights.sum()
+
+    def draw(self, steps, progress, rng):
+        first, last = self.temperatures
+        temperature, drawn = first * (last / first) ** progress, []
+        for _ in range(steps):
+            node, level = self.state["root"], 0
+            if progress < self.uniform:
+                node = (int(rng.integers(len(self.cuts))),)
+            while len(node) > 1:
+                p = self.probabilities(node, level, temperature)
+                node, level = self.state["tree"][node][rng.choice(len(p), p=p)], level + 1
+            drawn.append(node[0])
+            for visited in self.path(node[0]):  # counts before its reward is known, so that a block spreads out
+                self.state["visits"][visited] = self.state["visits"].get(visited, 0) + 1
+        return drawn
+
+    def update(self, drawn, rewards):
+        def average(table, key, reward):
+            table[key] = 0.9 * table[key] + 0.1 * reward if key in table else reward
+        for leaf, reward in zip(drawn, rewards):
+            if self.reward == "loss":
+                mean = self.state["mean_loss"]
+                self.state["mean_loss"] = reward if mean is None else 0.95 * mean + 0.05 * reward
+                reward = self.state["mean_loss"] / reward
+            for level, node in enumerate(self.path(leaf)):
+                average(self.state["means"], node, reward)
+                if self.shared:
+                    average(self.state["cut_means"], (level, self.cuts[leaf][level]), reward)
+
+    def replant(self, scores):
+        """Halve the configurations recursively in the order of their scores, (n,); visits and rewards begin anew."""
+        order = tuple(np.argsort(scores, kind="stable").tolist())
+        self.plant(order, lambda node, level: [node[:len(node) // 2], node[len(node) // 2:]])
+
+
+class Prioritized:
+    """Prioritised subnet sampling (PSS-Net: Chen, Lin, Ji, Cao, TPAMI 2023, arXiv 2109.05432): classes of cost, drawn
+    uniformly, in each of which the best few compete.
+
+    macs: (n,) multiply-adds. The source fills its pools from a huge space; with 36 configurations `pools` classes of
+    equal number are cut along the cost, and a pool keeps the `size` best of its class by a running average (0.9) of
+    minus the loss. With probability 0.01 ** progress, and while the pool is not full, the whole class is drawn from;
+    else the pool, by softmax(score / t) with t = 0.01 ** progress too. What leaves a pool is forgotten.
+    Taught by the sandwich, as in the source, a step costs 4.4 uniform ones."""
+    reward = "loss"
 
     def __init__(self, macs, pools, size):
-        order = np.argsort(macs, kind="stable")
-        self.classes = [part.tolist() for part in np.array_split(order, pools)]
-        self.size, self.score, self.members = size, [None] * len(macs), [[] for _ in self.classes]
+        self.classes = [part.tolist() for part in np.array_split(np.argsort(macs, kind="stable"), pools)]
+        self.class_of = {i: number for number, members in enumerate(self.classes) for i in members}
+        self.size, self.state = size, {"score": [None] * len(macs), "members": [[] for _ in self.classes]}
 
-    def draw(self, steps, progress, seed, floor=0.01):
-        """Draw `steps` configurations (list of indices) at `progress` 0..1 of the run.
-
-        The probability to explore the whole space and the temperature both fall exponentially from 1 to `floor`."""
-        rng, level, drawn = np.random.default_rng(seed), floor ** progress, []
-        pools = [pool for pool in self.members if pool]
-        for _ in range(steps):
-            if not pools or rng.random() < level:
-                drawn.append(int(rng.integers(len(self.score))))
+    def draw(self, steps, progress, rng, floor=0.01):
+        level, drawn = floor ** progress, []
+        for number in rng.integers(len(self.classes), size=steps):
+            pool, members = self.state["members"][number], self.classes[number]
+            if len(pool) < min(self.size, len(members)) or rng.random() < level:
+                drawn.append(members[rng.integers(len(members))])
             else:
-                pool = pools[rng.integers(len(pools))]
-                weights = np.array([self.score[i] for i in pool]) / level
-                weights = np.exp(weights - weights.max())
+                logits = np.array([self.state["score"][i] for i in pool]) / level
+                weights = np.exp(logits - logits.max())
                 drawn.append(int(rng.choice(pool, p=weights / weights.sum())))
         return drawn
 
     def update(self, drawn, losses):
-        """Record the losses of drawn configurations in their order; the worst leaves a pool that is over-full."""
+        score = self.state["score"]
         for i, loss in zip(drawn, losses):
-            self.score[i] = -loss if self.score[i] is None else 0.9 * self.score[i] - 0.1 * loss
-            pool = self.members[next(k for k, members in enumerate(self.classes) if i in members)]
+            score[i] = -loss if score[i] is None else 0.9 * score[i] - 0.1 * loss
+            pool = self.state["members"][self.class_of[i]]
             if i not in pool:
                 pool.append(i)
             if len(pool) > self.size:
-                pool.remove(min(pool, key=lambda j: self.score[j]))
+                worst = min(pool, key=lambda j: score[j])
+                pool.remove(worst)
+                score[worst] = None
 
 
-def prioritized_loss(largest, smallest, network, x, y, config):
-    """PSS-Net's loss, a function like `label_loss` when the first two configurations are given.
+SAMPLERS = {  # name: what makes it, from the configurations, their multiply-adds and the options
+    "uniform": lambda configs, macs, args: Proportional(macs, 0.0),
+    "cost": lambda configs, macs, args: Proportional(macs, args.exponent),
+    "fair": lambda configs, macs, args: Proportional(np.exp(exposure(configs)), -3.0),
+    "boltzmann": lambda configs, macs, args: TreeSearch(configs, "flat", explore=0.0),
+    "mcts": lambda configs, macs, args: TreeSearch(configs, "cuts"),
+    "tree": lambda configs, macs, args: TreeSearch(configs, "rank", uniform=0.4),
+    "mct-nas": lambda configs, macs, args: TreeSearch(configs, "cuts", "loss", explore=0.05, shared=0.2,
+                                                      temperatures=(0.025, 0.025), uniform=0.5),
+    "prioritized": lambda configs, macs, args: Prioritized(macs, args.pools, args.pool_size)}
 
-    The largest learns the labels, the smallest and the drawn one the largest one's output (KL divergence)."""
-    loss, teacher = label_loss(network, x, y, largest)
+
+# ---- Losses: what paths learn from; each is like `label_loss`, but for several configurations ------------------------
+
+def sandwich_loss(network, x, y, paths):
+    """PSS-Net's loss, a sandwich rule. paths: the largest configuration, the smallest, and the drawn one.
+
+    The largest learns the labels, the others its output (KL divergence)."""
+    loss, teacher = label_loss(network, x, y, paths[0])
     target = teacher.detach().log_softmax(1)
-    for student in (smallest, config):
+    for student in paths[1:]:
         logits = network(x, student).float()
         loss = loss + F.kl_div(logits.log_softmax(1), target, reduction="batchmean", log_target=True)
     return loss, logits
+
+
+class CrossPathLoss:
+    """Supervised cross-path mean teacher, for a pair of configurations and two views of each image.
+
+    After Pi-NAS (Peng et al., ICCV 2021, arXiv 2108.09671), from which it has the crossing and the teacher. It is no
+    Pi-NAS: labels take the place of the negatives. Each path learns the labels on its own view, and from what a
+    teacher says through the other path on the other view (KL divergence), with a weight that rises from 0 to 1 over
+    the first fifth of `steps`. The teacher is a running mean of the weights. A step costs 2.67 uniform ones.
+
+    x: (2 B, C, S, S), the two views one after the other; y: (B,)."""
+
+    def __init__(self, network, steps):
+        self.teacher, self.rate = copy.deepcopy(network).requires_grad_(False), 0.001 if steps >= 5000 else 0.01
+        self.teacher.register_buffer("weight", torch.zeros((), device=next(network.parameters()).device))
+        self.rise = 5 / steps
+
+    def __call__(self, network, x, y, paths):
+        views, logits, targets = x.chunk(2), [], []
+        with torch.no_grad():
+            self.teacher.weight.add_(self.rise).clamp_(max=1)
+            for mine, theirs in zip(self.teacher.parameters(), network.parameters()):
+                mine.lerp_(theirs, self.rate)
+        for view, path in zip(views, paths):
+            logits.append(network(view, path).float())
+            with torch.no_grad():
+                targets.append(self.teacher(view, path).float().log_softmax(1))
+        loss = sum(F.cross_entropy(each, y) for each in logits) / 2
+        for student, target in zip(logits, reversed(targets)):
+            divergence = F.kl_div(student.log_softmax(1), target, reduction="batchmean", log_target=True)
+            loss = loss + self.teacher.weight / 2 * divergence
+        return loss, logits[0]
+
+
+def partner(choice, configs, rng):
+    """A second path for the first, drawn uniformly among those whose poolings differ by two layers or more in all."""
+    positions = np.cumsum(configs, 1)
+    apart = np.abs(positions - positions[choice]).sum(1)
+    return int(rng.choice(np.flatnonzero(apart >= min(2, apart.max()))))
+
+
+# ---- Weights for each resolution, and networks of their own ----------------------------------------------------------
+
+class PerResolution(nn.Module):
+    """A layer with weights of its own for each resolution: copies of `layer`, picked by the size of what comes in.
+
+    size: the side at resolution 0, in pixels; resolutions: those at which the layer can run. After the progressive
+    training of Yang et al. (arXiv 2108.05866), who copy the layers of a SuperNet for each width. A step costs 1.0."""
+
+    def __init__(self, layer, size, resolutions):
+        super().__init__()
+        self.size, self.copies = size, nn.ModuleDict({str(r): copy.deepcopy(layer) for r in resolutions})
+
+    def forward(self, x):
+        return self.copies[str((self.size // x.shape[-1]).bit_length() - 1)](x)
+
+
+def split_by_resolution(network, scales, size):
+    """Give each layer of a ResNet20, in place, its own weights for each resolution: 24 for 10 layers and 3 scales.
+
+    size: side in pixels at the first searched layer."""
+    layers = len(network.layers)
+    for number, layer in enumerate(network.layers):
+        resolutions = range(max(0, scales - layers + number), min(scales - 1, number) + 1)
+        network.layers[number] = PerResolution(layer, size, resolutions)
 
 
 @torch.no_grad()
 def extract_network(weights, config, feed, classes=10, channels=3, stem=1):
     """Turn (SuperNet weights, configuration) into an ordinary network with statistics of its own.
 
-    weights: state dict of a ResNet20 with norm="shared"; feed: a few (normalised images (B, C, S, S), labels) training
-    batches, over which the batch-norm statistics are averaged. Returns a ResNet20 in eval mode, on the weights'
-    device, whose net(x) runs `config` and gives one image the same answer as a batch."""
+    weights: state dict of a ResNet20 with norm="shared", split by resolution or not; feed: a few (normalised images
+    (B, C, S, S), labels) training batches, over which the batch-norm statistics are averaged. Returns a ResNet20 in
+    eval mode, on the weights' device, whose net(x) runs `config` and gives one image the same answer as a batch.
+    Raises ValueError where the weights are of another network."""
+    resolutions, own = np.repeat(np.arange(len(config)), config), {}
+    for name, value in weights.items():
+        copied = re.fullmatch(r"(layers\.(\d+))\.copies\.(\d+)(\..*)", name)
+        if not copied:
+            own[name] = value
+        elif int(copied[3]) == resolutions[int(copied[2])]:
+            own[copied[1] + copied[4]] = value
     net = ResNet20(channels, classes, stem, sum(config), "own")
-    net.load_state_dict(weights, strict=False)  # what is missing: scale 1, shift 0 and the statistics
+    norms = {name: module for name, module in net.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    try:
+        missing, unknown = net.load_state_dict(own, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"weights of another network: {error}") from None
+    missing = [name for name in missing if name.rpartition(".")[0] not in norms]  # norms: scale 1, shift 0, statistics
+    if missing or unknown:
+        raise ValueError(f"weights of another network: {len(missing)} are missing, {len(unknown)} unknown, such as "
+                         f"{(missing + unknown)[0]}; a checkpoint has them in ['learner']['network']")
     net.config = tuple(config)
-    norms = [module for module in net.modules() if isinstance(module, torch.nn.BatchNorm2d)]
-    for norm in norms:
+    for norm in norms.values():
         norm.momentum = None  # a plain average over the batches
     net.to(next(iter(weights.values())).device).train()
     for x, _ in feed:
@@ -103,83 +336,127 @@ def extract_network(weights, config, feed, classes=10, channels=3, stem=1):
     return net.eval()
 
 
+# ---- The stage -------------------------------------------------------------------------------------------------------
+
 def main():
     def options(add):
-        add("--sampler", choices=["uniform", "prioritized"], default="uniform", help="uniform (default) single "
-            "path, or PSS-Net's prioritised sampling, whose steps train three configurations")
+        add("--sampler", choices=list(SAMPLERS), default="uniform", help="how configurations are drawn; default "
+            "uniform, the paper's naive SuperNet")
+        add("--exponent", type=float, default=1.0, help="of --sampler cost: draw by multiply-adds to this power, "
+            "above 0; default 1")
+        add("--teach", choices=["labels", "cross-path", "sandwich"], help="what a path learns from; default labels, "
+            "but sandwich for --sampler prioritized")
+        add("--split-at", type=float, default=1.0, help="part of the run, 0 to 1, after which each layer has weights "
+            "of its own for each resolution; default 1, never")
         add("--pools", type=int, default=6, help="classes of multiply-adds, rows of the budget table; default 6")
         add("--pool-size", type=int, default=3, help="configurations that a prioritised pool keeps; default 3")
     args = parse(__doc__, options, synthetic_epochs=24)
+    if args.teach == "cross-path" and args.split_at < 1:
+        raise UserError("--teach cross-path: its teacher cannot be split, leave out --split-at")
     if args.pools > args.space["size"]:
         raise UserError(f"--pools {args.pools} is more than the {args.space['size']} configurations: lower it")
-    unused = {"pools", "pool_size"} if args.sampler == "uniform" else set()  # they shape the table of budgets only
-    with open_stage(args, "supernet", ignore={"limit_test", *unused}) as stage:
-        search(*stage)
+    args.seed += RANK
+    args.teach = args.teach or ("sandwich" if args.sampler == "prioritized" else "labels")
+    unused = set() if args.sampler == "prioritized" else {"pools", "pool_size"}  # they shape the table of budgets only
+    if args.sampler != "cost":
+        unused.add("exponent")
+    name = with_seed("supernet", args.seed)
+    search(args, *open_stage(args, name, ignore={"limit_test", *unused}), name)
 
 
-def search(args, data, settings):
+def search(args, data, settings, name):
     """From the arguments to supernet.json."""
-    configs, device, checkpoint = pooling_configs(args.layers, args.scales), args.device, args.out / "supernet.pt"
+    configs, device, checkpoint = pooling_configs(args.layers, args.scales), args.device, args.out / f"{name}.pt"
     fields = [result_fields(config, data, args) for config in configs]
+    macs = np.array([entry["macs"] for entry in fields])
     training, scoring = halves(data.train, args.seed)
-    steps = steps_per_epoch(training, args.batch_size, WORLD)
-    pools, loss = Pools([entry["macs"] for entry in fields], args.pools, args.pool_size), label_loss
-    if args.sampler == "prioritized":
-        by_cost = sorted(configs, key=count_macs)
-        loss = partial(prioritized_loss, by_cost[-1], by_cost[0])
+    steps = steps_per_epoch(training, args.batch_size)
+    sampler = SAMPLERS[args.sampler](configs, macs, args)
+    split_epoch = round(args.split_at * args.epochs)
+    history, counts, state = [], [0] * len(configs), load_checkpoint(checkpoint)
     torch.manual_seed(derive_seed("weights", args.seed))
-    channels, classes = data.train.pixels.shape[-1], len(data.classes)
-    net = ResNet20(channels, classes, args.stem, args.layers, norm="shared")
-    learner = Learner(net, device, args.amp, args.weight_decay, loss=loss, parallel=WORLD > 1)
-    history, state = [], from_rank_0(load_checkpoint(checkpoint))
+    network = ResNet20(data.train.pixels.shape[-1], len(data.classes), args.stem, args.layers, norm="shared").to(device)
+    if args.teach == "cross-path":
+        loss = CrossPathLoss(network, args.epochs * steps)
+    else:
+        loss = sandwich_loss if args.teach == "sandwich" else label_loss
+    make_learner = partial(Learner, device=device, amp=args.amp, weight_decay=args.weight_decay, loss=loss,
+                           graphs=args.teach != "cross-path")  # of its pairs there are too many for graphs
+    if state and len(state["history"]) > split_epoch:
+        split_by_resolution(network, args.scales, args.image_size // args.stem)
+    learner = make_learner(network)
     if state:
         learner.load_state_dict(state["learner"])
-        history, pools.score, pools.members = state["history"], state["score"], state["members"]
-        say(f"going on after epoch {len(history)}")
+        history, counts, sampler.state = state["history"], state["counts"], state["sampler"]
+        if args.teach == "cross-path":
+            loss.teacher.load_state_dict(state["teacher"])
+        say(f"{name} goes on after epoch {len(history)}", every_rank=True)
 
     # ---- the search -------------------------------------------------------------------------------------------------
     for epoch in range(len(history), args.epochs):
-        began, log = time.monotonic(), torch.zeros(steps, 2, device=device)  # loss and accuracy, read once an epoch
-        progress = epoch / max(1, args.epochs - 1) if args.sampler == "prioritized" else 0.0  # at 0: uniform
-        drawn = pools.draw(steps, progress, derive_seed("draw", args.seed, epoch))
-        order = derive_seed("order", args.seed, epoch)
-        feed = training_batches(training, args.batch_size, device, order, rank=RANK, world=WORLD)
-        for step, (x, y) in enumerate(feed):
-            lr = cosine_lr(epoch * steps + step, args.epochs * steps, args.lr, args.warm_up)
-            log[step] = learner.train(x, y, configs[drawn[step]], lr)
-        average_over_ranks(log)
-        pools.update(drawn, log[:, 0].tolist())
-        mean_loss, accuracy = log.mean(0).tolist()
-        if RANK == 0:
-            history.append(log_epoch(epoch, args, {"loss": mean_loss, "train_acc": accuracy}, began, steps))
-            save_checkpoint(checkpoint, {"history": history, "score": pools.score, "members": pools.members,
-                                         "learner": learner.state_dict(), "args": settings})
+        began, log = time.monotonic(), torch.zeros(steps, 3, device=device)  # loss, accuracy, and that of scoring
+        if epoch == split_epoch:
+            split_by_resolution(network, args.scales, args.image_size // args.stem)
+            learner = make_learner(network)
+        if args.sampler == "tree" and epoch >= 0.4 * args.epochs and epoch % max(1, args.epochs // 10) == 0:
+            few = list(itertools.islice(scoring_batches(scoring, args.batch_size, device), 5))
+            sampler.replant([sum(learner.score(*batch, config).item() for batch in few) for config in configs])
+        rng = np.random.default_rng(derive_seed("draw", args.seed, epoch))
+        train_batches = training_batches(training, args.batch_size, device, derive_seed("order", args.seed, epoch),
+                                         views=1 + (args.teach == "cross-path"))
+        score_batches = training_batches(scoring, args.batch_size, device,
+                                         derive_seed("scoring order", args.seed, epoch), augment=False)
+        for start in range(0, steps, BLOCK):
+            block, progress = range(start, min(start + BLOCK, steps)), (epoch * steps + start) / (args.epochs * steps)
+            drawn = sampler.draw(len(block), progress, rng)
+            for step, choice, (x, y) in zip(block, drawn, train_batches):
+                lr = cosine_lr(epoch * steps + step, args.epochs * steps, args.lr, args.warm_up)
+                trained = [choice]
+                if args.teach == "sandwich":
+                    trained = [macs.argmax(), macs.argmin(), choice]
+                elif args.teach == "cross-path":
+                    trained = [choice, partner(choice, configs, rng)]
+                paths = tuple(configs[i] for i in trained)
+                log[step, :2] = learner.train(x, y, paths if len(paths) > 1 else paths[0], lr)
+                if sampler.reward == "val_acc":
+                    log[step, 2] = learner.score(*next(score_batches), configs[choice])
+                for i in trained:
+                    counts[i] += 1
+            if sampler.reward:
+                column = {"loss": 0, "val_acc": 2}[sampler.reward]
+                sampler.update(drawn, log[block.start:block.stop, column].tolist())
+        mean_loss, accuracy, _ = log.mean(0).tolist()
+        label = f"seed {args.seed}  " if WORLD > 1 else ""
+        history.append(log_epoch(epoch, args, {"loss": mean_loss, "train_acc": accuracy}, began, steps, label))
+        save_checkpoint(checkpoint, {
+            "history": history, "counts": counts, "sampler": sampler.state, "learner": learner.state_dict(),
+            "teacher": loss.teacher.state_dict() if args.teach == "cross-path" else None, "args": settings})
 
     # ---- every configuration on the whole scoring half ---------------------------------------------------------------
     began, results = time.monotonic(), []
-    for config, entry in zip(configs, fields):
-        accuracy = evaluate(net, scoring, config, device, args.amp, args.batch_size)
-        results.append({**entry, "val_acc": round(accuracy, 6)})
+    for config, entry, count in zip(configs, fields, counts):
+        accuracy = evaluate(learner.score, scoring, config, device, args.batch_size)
+        results.append({**entry, "val_acc": round(accuracy, 6), "steps": count})
 
     # ---- one network for each budget ---------------------------------------------------------------------------------
-    budgets = []
-    for members, kept in zip(pools.classes, pools.members):
-        budget = max(results[i]["macs"] for i in members)
-        if args.sampler == "prioritized" and kept:
-            members = kept
+    budgets, channels = [], data.train.pixels.shape[-1]
+    feed = training_batches(training, args.batch_size, device, derive_seed("calibration", args.seed))
+    feed = list(itertools.islice(feed, 8))
+    for number, members in enumerate(np.array_split(np.argsort(macs, kind="stable"), args.pools)):
+        budget = int(macs[members].max())
+        if args.sampler == "prioritized":
+            members = sampler.state["members"][number] or members
         best = max((results[i] for i in members), key=lambda r: r["val_acc"])
-        feed = training_batches(training, args.batch_size, device, derive_seed("calibration", args.seed))
-        feed = list(itertools.islice(feed, 8))
-        single = extract_network(net.state_dict(), best["config"], feed, classes, channels, args.stem)
-        image = feed[0][0][:1]
+        single = extract_network(network.state_dict(), best["config"], feed, len(data.classes), channels, args.stem)
+        score, image = partial(score_step, single, args.amp), feed[0][0][:1]
         with torch.no_grad():
             timed = timeit.repeat(lambda: single(image).sum().item(), number=1, repeat=21)  # item() waits
-        budgets.append({"budget": budget, **best,
-                        "calibrated_val_acc": evaluate(single, scoring, best["config"], device, args.amp),
-                        "seconds_per_image": statistics.median(timed)})
+        budgets.append({"budget": budget, **best, "seconds_per_image": statistics.median(timed),
+                        "calibrated_val_acc": evaluate(score, scoring, best["config"], device)})
     seconds = sum(entry["seconds"] for entry in history) + time.monotonic() - began
-    write_stage(args, "supernet", data, settings, results, "val_acc", (len(training), len(scoring), 0), seconds,
-                rank=rank_against_single(args, results), budgets=budgets, history=history)
+    rank = judge(args, results, identity(args, data.digest))
+    write_stage(args, name, data, settings, results, "val_acc", (len(training), len(scoring), 0), seconds,
+                rank=rank, budgets=budgets, history=history)
 
     say("\nbudgets, in multiply-adds: the configuration kept, with the shared weights, and calibrated by itself")
     print_table(["budget", "configuration", "M multiply-adds", "val acc", "calibrated", "ms per image"], [
@@ -187,8 +464,8 @@ def search(args, data, settings):
          f"{b['calibrated_val_acc']:.4f}", f"{1e3 * b['seconds_per_image']:.2f}"] for b in budgets])
     say()
     print_results(results, "val_acc", default_config(args.layers, args.scales))
-    print_ranks(args)
-    say(f"wrote {args.out / 'supernet.json'}")
+    print_rank(f"{name}.json", rank)
+    say(f"wrote {args.out / name}.json", every_rank=True)
 
 
 if __name__ == "__main__":

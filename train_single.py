@@ -4,7 +4,7 @@
     python train_single.py --config all                      # all 36: the truth that a search is judged by
     python train_single.py --config 4,3,3 7,1,2 --seed 1     # two of them, another seed: adds runs to single.json
     python train_single.py --dataset synthetic --config all  # minutes on a laptop
-    torchrun --nproc_per_node=8 train_single.py --config all # ranks share the configurations, and GPUs round robin
+    torchrun --nproc_per_node=8 train_single.py --config all # eight networks at a time, on the GPU of their number
 
 Every finished network is a file in the folder `single` of --out and is not trained again; at the end they are
 gathered in single.json. Several machines: add `--nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500` on each.
@@ -15,84 +15,76 @@ import statistics
 import time
 
 import torch
-import torch.distributed as dist
 
-from common import (RANK, WORLD, Learner, ResNet20, UserError, average_over_ranks, cosine_lr, count_macs,
-                    default_config, derive_seed, evaluate, from_rank_0, load_checkpoint, load_json, log_epoch,
-                    open_stage, parse, pooling_configs, print_results, result_fields, run_main, save_checkpoint,
-                    save_json, say, show, steps_per_epoch, training_batches, write_stage)
+from common import (RANK, WORLD, Learner, ResNet20, UserError, cosine_lr, count_macs, default_config, derive_seed,
+                    evaluate, gather, halves, load_checkpoint, load_json, log_epoch, open_stage, parse,
+                    pooling_configs, print_results, result_fields, run_main, save_checkpoint, save_json, say, show,
+                    steps_per_epoch, training_batches, write_stage)
 
 
-def train_network(config, seed, data, args, settings, folder, parallel=False, note=None):
+def train_network(config, seed, data, args, settings, folder, **notes):
     """Train one ResNet20 from scratch on the training split and test it (stages 1 and 4; paper, section 5).
 
-    Its weights and batches depend on `seed` and the configuration alone. folder: where it leaves a file with `test_acc`
-    (a fraction) and what the dict `note` holds, and until then a checkpoint. parallel: all ranks train it together."""
-    rank, world = (RANK, WORLD) if parallel else (0, 1)
+    Its weights and batches depend on `seed` and the configuration alone. folder: where it leaves a file with the
+    accuracies, fractions, on all test images (`test_acc`) and on each half of them (`halves`, a fixed class-balanced
+    cut), and the `notes`; until then a checkpoint."""
     folder.mkdir(exist_ok=True)
     path = folder / f"{'-'.join(map(str, config))}-seed{seed}"
     torch.manual_seed(derive_seed("weights", seed, *config))
-    model = ResNet20(data.train.pixels.shape[-1], len(data.classes), args.stem, args.layers)
-    learner = Learner(model, args.device, args.amp, args.weight_decay, parallel=world > 1)
-    steps, history = steps_per_epoch(data.train, args.batch_size, world), []
+    network = ResNet20(data.train.pixels.shape[-1], len(data.classes), args.stem, args.layers)
+    learner = Learner(network, args.device, args.amp, args.weight_decay)
+    steps, history = steps_per_epoch(data.train, args.batch_size), []
     state = load_checkpoint(path.with_suffix(".pt"))
-    if world > 1:
-        state = from_rank_0(state)
     if state:
         learner.load_state_dict(state["learner"])
         history = state["history"]
-        if rank == 0:
-            print(f"{show(config)} goes on after epoch {len(history)}", flush=True)
+        say(f"{show(config)} goes on after epoch {len(history)}", every_rank=True)
 
     for epoch in range(len(history), args.epochs):
-        began, order = time.monotonic(), derive_seed("order", seed, epoch, *config)
+        began = time.monotonic()
         log = torch.zeros(steps, 2, device=args.device)  # loss and accuracy of each step, read once an epoch
-        feed = training_batches(data.train, args.batch_size, args.device, order, rank=rank, world=world)
-        for step, (x, y) in enumerate(feed):
+        order = derive_seed("order", seed, epoch, *config)
+        for step, (x, y) in enumerate(training_batches(data.train, args.batch_size, args.device, order)):
             lr = cosine_lr(epoch * steps + step, args.epochs * steps, args.lr, args.warm_up)
             log[step] = learner.train(x, y, config, lr)
-        if world > 1:
-            average_over_ranks(log)
         loss, accuracy = log.mean(0).tolist()  # waits for the device
-        if rank == 0:
-            entry = log_epoch(epoch, args, {"loss": loss, "train_acc": accuracy}, began, steps, f"{show(config)} ")
-            history.append({"config": list(config), "seed": seed, **entry})
-            save_checkpoint(path.with_suffix(".pt"), {"history": history, "learner": learner.state_dict(),
-                                                      "args": settings})
-    accuracy = evaluate(model, data.test, config, args.device, args.amp)
-    if rank == 0:
-        seconds = round(sum(entry["seconds"] for entry in history), 2)
-        save_json(path.with_suffix(".json"), {"config": list(config), "seed": seed, "test_acc": accuracy,
-                                              "seconds": seconds, **(note or {}), "history": history, "args": settings})
-        path.with_suffix(".pt").unlink(missing_ok=True)
+        entry = log_epoch(epoch, args, {"loss": loss, "train_acc": accuracy}, began, steps, f"{show(config)} ")
+        history.append({"config": list(config), "seed": seed, **entry})
+        save_checkpoint(path.with_suffix(".pt"), {"history": history, "learner": learner.state_dict(),
+                                                  "args": settings})
+    parts = halves(data.test)
+    accuracies = [evaluate(learner.score, part, config, args.device) for part in parts]
+    correct = sum(accuracy * len(part) for accuracy, part in zip(accuracies, parts))
+    save_json(path.with_suffix(".json"), {
+        "config": list(config), "seed": seed, "test_acc": round(correct / len(data.test), 6), "halves": accuracies,
+        "seconds": round(sum(entry["seconds"] for entry in history), 2), **notes, "history": history,
+        "args": settings})
+    path.with_suffix(".pt").unlink(missing_ok=True)
 
 
 def finished_runs(args, stage):
     """The runs that a stage has finished, on whichever rank's disk: {(configuration, seed): what its file holds}."""
-    mine = []
+    path, mine = args.out / f"{stage}.json", []
+    earlier = load_json(path) if path.exists() else {"results": []}  # perhaps copied here without the folder of runs
+    for entry in earlier["results"]:
+        for run in entry.get("runs", []):  # none in the truth of others
+            history = [h for h in earlier["history"] if (h["config"], h["seed"]) == (entry["config"], run["seed"])]
+            mine.append({**run, "config": entry["config"], "history": history, "args": earlier["args"]})
     for path in sorted((args.out / stage).glob("*.json")):
         mine.append(load_json(path))
         path.with_suffix(".pt").unlink(missing_ok=True)  # left by a kill just after the file was written
-    for path in args.out.glob(f"{stage}.json"):  # perhaps copied here without the folder of runs
-        earlier = load_json(path, "test_acc")
-        for entry, run in [(entry, run) for entry in earlier["results"] for run in entry["runs"]]:
-            epochs = [h for h in earlier["history"] if (h["config"], h["seed"]) == (entry["config"], run["seed"])]
-            mine.insert(0, {**run, "config": entry["config"], "history": epochs, "args": earlier["args"]})
-    everyone = [mine] * WORLD
-    if WORLD > 1:
-        dist.all_gather_object(everyone, mine)
-    runs = {(tuple(run["config"]), run["seed"]): run for part in everyone for run in part}
+    runs = {(tuple(run["config"]), run["seed"]): run for part in gather(mine) for run in part}
     return dict(sorted(runs.items()))
 
 
-def summarise(runs):
-    """The runs of each configuration, their mean and standard deviation: {configuration: fields of its result}."""
+def summarise(runs, key="test_acc"):
+    """The runs of each configuration, the mean and standard deviation of `key`: {configuration: fields of a result}."""
     entries = {}
     for config in sorted({config for config, _ in runs}):
-        own = [{key: value for key, value in run.items() if key not in ("config", "history", "args")}
+        own = [{name: value for name, value in run.items() if name not in ("config", "history", "args")}
                for (other, _), run in sorted(runs.items()) if other == config]
-        accuracies = [run["test_acc"] for run in own]
-        entries[config] = {"test_acc": round(statistics.fmean(accuracies), 6),
+        accuracies = [run[key] for run in own]
+        entries[config] = {key: round(statistics.fmean(accuracies), 6),
                            "std": round(statistics.stdev(accuracies), 6) if len(own) > 1 else None, "runs": own}
     return entries
 
@@ -113,21 +105,22 @@ def main():
     configs = []
     for text in args.config:
         configs += named.get(text) or [parse_config(text, args.layers, args.scales)]
-    with open_stage(args, "single", ignore={"seed"}) as (args, data, settings):
-        done = finished_runs(args, "single")
-        todo = [config for config in dict.fromkeys(configs) if (config, args.seed) not in done]
-        todo.sort(key=count_macs, reverse=True)  # the most expensive first: no rank is left with a long tail
-        for config in todo[RANK::WORLD]:
-            train_network(config, args.seed, data, args, settings, args.out / "single")
+    data, settings = open_stage(args, "single", ignore={"seed"})
+    done = finished_runs(args, "single")
+    todo = [config for config in dict.fromkeys(configs) if (config, args.seed) not in done]
+    todo.sort(key=count_macs, reverse=True)  # the most expensive first: no rank is left with a long tail
+    for config in todo[RANK::WORLD]:
+        train_network(config, args.seed, data, args, settings, args.out / "single")
 
-        runs = finished_runs(args, "single")
-        results = [{**result_fields(config, data, args), **entry} for config, entry in summarise(runs).items()]
+    runs = finished_runs(args, "single")
+    results = [{**result_fields(config, data, args), **entry} for config, entry in summarise(runs).items()]
+    if RANK == 0:
         write_stage(args, "single", data, settings, results, "test_acc", (len(data.train), 0, len(data.test)),
                     seconds=sum(run["seconds"] for run in runs.values()),
                     history=[entry for run in runs.values() for entry in run["history"]])
-        say()
-        print_results(results, "test_acc", *named["default"])
-        say(f"wrote {args.out / 'single.json'}")
+    say()
+    print_results(results, "test_acc", *named["default"])
+    say(f"wrote {args.out / 'single.json'}")
 
 
 if __name__ == "__main__":
