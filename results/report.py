@@ -17,6 +17,7 @@ import numpy as np
 from common import (Parser, UserError, count_macs, default_config, kendall_tau, load_json, pareto, pooling_configs,
                     run_main, show)
 from retrain import believe, propose
+from search_supernet import exposure
 
 
 def markdown(header, rows):
@@ -26,42 +27,53 @@ def markdown(header, rows):
 
 # ---- How well the searches rank -------------------------------------------------------------------------------------
 
+def words_for(args):
+    """A search in words, from the settings in its JSON."""
+    words = f"mixture, M = {args['models']}" if "models" in args else "SuperNet"
+    sampler, teach = args.get("sampler", "uniform"), args.get("teach", "labels")
+    words += {"uniform": "" if "models" in args else ", naive", "cost": ", by cost"}.get(sampler, f", {sampler}")
+    if sampler == "cost" and args.get("exponent", 1) != 1:
+        words += f" to the power {args['exponent']:g}"
+    if teach != ("sandwich" if sampler == "prioritized" else "labels"):
+        words += f", {teach}"
+    if args.get("split_at", 1) < 1:
+        words += f", split at {args['split_at']:g}"
+    if args.get("shared_epochs"):
+        words += f", first {args['shared_epochs']} epochs shared"
+    return words + (", not balanced" if args.get("no_balance") else "")
+
+
 def by_setting(searches):
     """Searches (dicts as in their JSON) as {(words, images, steps): those of different seeds}, the longest first."""
     groups = {}
     for search in sorted(searches, key=lambda search: search["args"]["seed"]):
-        args = search["args"]
-        words = {"uniform": "naive SuperNet", "prioritized": "prioritised SuperNet",
-                 None: f"mixture, M = {args.get('models')}"}[args.get("sampler")]
-        if args.get("shared_epochs"):
-            words += f", first {args['shared_epochs']} epochs shared"
-        if args.get("no_balance"):
-            words += ", not balanced"
-        steps = len(search["history"]) * (search["n_train"] // args["batch_size"])
-        groups.setdefault((words, search["n_train"] + search["n_val"], steps), []).append(search)
+        steps = len(search["history"]) * (search["n_train"] // search["args"]["batch_size"])
+        groups.setdefault((words_for(search["args"]), search["n_train"] + search["n_val"], steps), []).append(search)
     return dict(sorted(groups.items(), key=lambda item: (-item[0][2], "mixture" in item[0][0], item[0])))
 
 
-FIGURES = ["tau", "within a model", "fitted line", "regret", "cheapest third", "middle third", "most expensive third"]
+FIGURES = ["tau", "tau with exposure", "tau with cost", "within a model", "fitted line", "regret"]
 
 
 def judge(results, truth):
     """FIGURES of a search's results by the truth {configuration: accuracy}; none where too few are known.
 
-    Tau of the scores, of each model over what it owns (mean), and of a line in score and log2 of multiply-adds, fitted
-    to the truth by least squares. Regret in points of the best-scored of all, and of each third of cost."""
+    Tau of the scores with the truth, with `exposure` and with multiply-adds; tau with the truth of each model over what
+    it owns (mean), and of a line in score and log2 of multiply-adds, fitted to the truth by least squares; regret of
+    the best-scored, in points."""
     known = [r for r in results if tuple(r["config"]) in truth]
     if len(known) < max(3, len(results) / 2):
         return ["-"] * len(FIGURES)
-    score, cost, true, model = np.array([
-        (r["val_acc"], math.log2(r["macs"]), truth[tuple(r["config"])], r.get("model", 0)) for r in known]).T
+    fed = dict(zip((tuple(r["config"]) for r in results), exposure([r["config"] for r in results])))
+    score, fed, cost, true, model = np.array([
+        (r["val_acc"], fed[tuple(r["config"])], math.log2(r["macs"]), truth[tuple(r["config"])], r.get("model", 0))
+        for r in known]).T
+    taus = [kendall_tau(score, other) or 0 for other in (true, fed, cost)]
     within = [kendall_tau(score[model == m], true[model == m]) or 0 for m in np.unique(model)]
     features = np.stack([np.ones(len(known)), score, cost], axis=1)
     line = features @ np.linalg.lstsq(features, true, rcond=None)[0]
-    parts = [np.arange(len(known)), *np.array_split(np.argsort(cost, kind="stable"), 3)]
-    figures = [kendall_tau(score, true) or 0, np.mean(within), kendall_tau(line.round(9), true) or 0]
-    figures += [100 * (true.max() - true[part[score[part].argmax()]]) for part in parts]
-    return [f"{figure:.2f}" for figure in figures]
+    regret = 100 * (true.max() - true[score.argmax()])
+    return [f"{figure:.2f}" for figure in (*taus, np.mean(within), kendall_tau(line.round(9), true) or 0, regret)]
 
 
 def readings(search):
@@ -76,44 +88,62 @@ def readings(search):
     return found
 
 
+def mean_of(searches):
+    """The results of several searches with the mean of their scores, and no owners."""
+    scores = {tuple(r["config"]): [] for r in searches[0]["results"]}
+    for r in itertools.chain.from_iterable(search["results"] for search in searches):
+        scores[tuple(r["config"])].append(r["val_acc"])
+    return [{**r, "val_acc": float(np.mean(scores[tuple(r["config"])])), "model": 0} for r in searches[0]["results"]]
+
+
 def table(searches, truth):
-    """Markdown lines on searches, one for each setting and reading, the figures of its seeds side by side."""
+    """Markdown lines on searches: one for each setting and reading, the figures of its seeds side by side, and where
+    there are several seeds one for the mean of their scores."""
     results = sorted(searches[0]["results"], key=lambda r: r["config"])
     by_cost = [{**r, "val_acc": math.log2(r["macs"]), "model": 0} for r in results]
     alone, rows = {("multiply-adds alone", 0, 0): [{"results": by_cost, "seconds": 0}]}, {}
+
+    def add(words, results, seconds):
+        chosen = show(max(results, key=lambda r: r["val_acc"])["config"])
+        rows.setdefault(words, []).append([chosen, *judge(results, truth), f"{seconds:.0f}"])
     for (words, images, steps), group in {**by_setting(searches), **alone}.items():
         for search in group:
             for rule, results in readings(search).items():
-                chosen = show(max(results, key=lambda r: r["val_acc"])["config"])
-                figures = [chosen, *judge(results, truth), f"{search['seconds']:.0f}"]
-                rows.setdefault((words + rule, images, steps), []).append(figures)
+                add((words + rule, images, steps), results, search["seconds"])
+        if len(group) > 1:
+            add((f"{words}, mean of {len(group)} seeds", images, steps), mean_of(group),
+                sum(search["seconds"] for search in group))
     cells = [[*key, *map(", ".join, zip(*columns))] for key, columns in rows.items()]
     return markdown(["search", "images", "steps", "chosen", *FIGURES, "seconds"], cells)
 
 
 # ---- How soon stage 4 finds the best: its proposals, simulated on a truth that is known -----------------------------
 
-def simulate(truth, searches, rule="process", trainings=10, draws=50, noise=0.0015):
+def simulate(truth, searches, rule="process", trainings=10, draws=50, noise=0.0015, at_once=1):
     """Regret in points of what looks best after 1, 2, ... trainings, the default first: (searches x draws, trainings).
 
     truth: {configuration: accuracy} of a whole space; searches: a list of {configuration: score}; rule: as named in
-    `simulation`; noise: the deviation between seeds, drawn anew `draws` times for each search."""
-    macs, regrets = {config: count_macs(config) for config in truth}, []
+    `simulation`; noise: the deviation between seeds, drawn anew `draws` times for each search; at_once: proposals of
+    each round."""
+    space = sorted(truth)
+    macs, true = np.array([count_macs(config) for config in space]), np.array([truth[config] for config in space])
+    trainings, regrets = min(trainings, len(space)), []
     for search, _ in itertools.product(searches, range(draws)):
-        rng, observed = np.random.default_rng(len(regrets)), {}
-        measured = {config: accuracy + noise * rng.standard_normal() for config, accuracy in truth.items()}
-        if rule not in ("process", "in order of score"):
-            search = dict(zip(search, rng.permutation(list(search.values()))))
-        while len(observed) < min(trainings, len(truth)):
-            if observed and "order" in rule:
-                config = max((config for config in macs if config not in observed), key=search.get)
-            elif len(observed) > 1 and rule == "process without scores":
-                config = propose(macs, [], observed)[0]
-            else:  # without scores, too, the second is of the most expensive third: any of it, since they are shuffled
-                config = propose(macs, [search], observed)[0]
-            observed[config] = measured[config], 1
-        leaders = itertools.accumulate(observed, lambda *pair: max(pair, key=measured.get))
-        regrets.append([100 * (max(truth.values()) - truth[config]) for config in leaders])
+        rng = np.random.default_rng(len(regrets))
+        measured, values = true + noise * rng.standard_normal(len(true)), np.full(len(true), math.nan)
+        score, order = np.array([search[config] for config in space]), []
+        if rule in ("in random order", "process with shuffled scores"):
+            score = rng.permutation(score)
+        scores = [] if rule == "process without scores" else [score]
+        while len(order) < trainings:
+            count = min(at_once, trainings - len(order))
+            chosen = [i for i, *_ in propose(space, macs, scores, values, np.isfinite(values).astype(int), count=count)]
+            if order and "order" in rule:
+                chosen = [int(np.where(np.isnan(values), score, -math.inf).argmax())]
+            values[chosen] = measured[chosen]
+            order += chosen
+        leaders = itertools.accumulate(order, lambda *pair: max(pair, key=lambda i: measured[i]))
+        regrets.append([100 * (true.max() - true[i]) for i in leaders])
     return np.array(regrets)
 
 
@@ -179,16 +209,20 @@ def curves(ax, rows, label):
 def stage_4(results, searches, truth):
     """Panels from retrain.json's results in their order: what is expected, what looked best after each training."""
     space = pooling_configs(sum(results[0]["config"]))
-    scores = [{tuple(r["config"]): r["val_acc"] for r in search["results"]} for search in searches]
-    observed = {tuple(r["config"]): (r["test_acc"], len(r["runs"])) for r in results}
-    mean, _ = believe({config: count_macs(config) for config in space}, scores, observed)
-    first = {tuple(r["config"]): r["runs"][0]["test_acc"] for r in results}
+    found = {tuple(r["config"]): r for r in results}
+    tables = [{tuple(r["config"]): r["val_acc"] for r in search["results"]} for search in searches]
+    values = np.array([found[config].get("val_acc", found[config]["test_acc"]) if config in found else math.nan
+                       for config in space])
+    runs = np.array([len(found[config]["runs"]) if config in found else 0 for config in space])
+    mean, _ = believe(space, np.array([count_macs(config) for config in space]),
+                      [np.array([table[config] for config in space]) for table in tables], values, runs)
+    first = dict(zip(found, values[[space.index(config) for config in found]]))
     leaders = list(itertools.accumulate(first, lambda *pair: max(pair, key=first.get)))
-    values, label = [100 * first[config] for config in leaders], "best test accuracy so far, %"
+    lines, label = [100 * first[config] for config in leaders], "best accuracy so far, %"
     if set(space) <= set(truth):
-        values, label = [100 * (max(truth.values()) - truth[config]) for config in leaders], "regret, points"
+        lines, label = [100 * (max(truth.values()) - truth[config]) for config in leaders], "regret, points"
     return [partial(triangle, accuracies=dict(zip(space, mean)), title="expected accuracy, %", order=list(first)),
-            partial(curves, rows={"best so far": values}, label=label)]
+            partial(curves, rows={"best so far": lines}, label=label)]
 
 
 def main():
