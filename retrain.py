@@ -239,7 +239,8 @@ def train_best(args, data, settings, space, macs, scores):
     allowed = [config for config, cost in zip(space, macs) if cost <= args.max_macs]
     first_seeds = {}
     for (config, _), run in runs.items():
-        first_seeds.setdefault(config, run)
+        if "why" in run:  # a further seed has no reason of its own
+            first_seeds.setdefault(config, run)
     best = max((config for config in first_seeds if config in allowed), default=None,
                key=lambda config: first_seeds[config]["val_acc"])
     if best is None:

@@ -11,6 +11,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import re
 import runpy
 import shutil
@@ -30,12 +31,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision.datasets
 from PIL import Image
 
 import common
-from common import (Learner, ResNet20, Split, count_macs, crop_and_flip, default_config, evaluate, kendall_tau,
-                    load_dataset, normalise, pareto, pooling_configs, read_image, save_json, scoring_batches, show,
-                    training_batches)
+from common import (Learner, ResNet20, Split, balanced_order, count_macs, crop_and_flip, default_config, derive_seed,
+                    evaluate, halves, kendall_tau, label_loss, load_dataset, normalise, pareto, pooling_configs,
+                    read_image, save_json, scoring_batches, show, training_batches)
 from results import report
 from retrain import believe, chance_above, gaussian_process, load_scores, propose
 from search_mixture import Assignment, balance
@@ -657,32 +659,14 @@ def test_bad_input_is_one_line_and_touches_nothing(command, message):
     assert re.search(message, err) and files(".") == before, err
 
 
-@pytest.mark.skip(reason="README.md and results/ are being made anew")
 def test_the_tables_in_the_readme_are_the_files():
-    lines = (RESULTS / "README.md").read_text().splitlines()
-    truth = {tuple(r["config"]): r["test_acc"] for r in strict(RESULTS / PUBLISHED)["results"]}
-    searches = [s for s in map(strict, sorted(RESULTS.glob("cifar10-jpeg/**/*.json"))) if "val_acc" in s["best"]]
-    rows, found = report.table(searches, truth), []
-    assert set(rows) <= set(lines)
-    for row in (row for row in rows[2:-1] if ", by the " not in row):  # without header, cost alone, other readings
-        cells = row[2:-2].split(" | ")
-        found += zip(*(cells[i].split(", ") for i in (3, 4, 7, -1)))  # choice, tau, regret and seconds of each seed
-    for search in searches:
-        score, true = zip(*((r["val_acc"], truth[tuple(r["config"])]) for r in search["results"]))
-        best = search["results"][score.index(max(score))]["config"]
-        tau, regret = kendall_tau(score, true), 100 * (max(true) - truth[tuple(best)])
-        found.remove((show(best), f"{tau:.2f}", f"{regret:.2f}", f"{search['seconds']:.0f}"))
-    assert not found
-
-
-@pytest.mark.skip(reason="README.md and results/ are being made anew")
-def test_accuracies_of_several_seeds_stand_in_the_readme():
-    told = [r for r in strict(RESULTS / "synthetic/single.json")["results"] if len(r["runs"]) > 1]
-    for data in map(strict, RESULTS.glob("*/retrain*.json")):
-        told += [data["best"], data["default"]] if "order" in data["results"][0] else []
-    for r in told:
-        pattern = re.escape(show(r["config"])) + rf".*\b{100 * r['test_acc']:.1f}\b"
-        assert re.search(pattern, (RESULTS / "README.md").read_text()), pattern
+    lines = set((RESULTS / "README.md").read_text().splitlines())
+    truths = [{tuple(r["config"]): r["test_acc"] for r in strict(path)["results"]}
+              for path in (RESULTS / PUBLISHED, RESULTS / "cifar10-jpeg/ten-thousand/single.json")]
+    for folder, truth in (("cifar10-jpeg", truths[0]), ("cifar10", truths[0]), ("cifar10", truths[1])):
+        searches = [search for search in map(strict, sorted((RESULTS / folder).rglob("*.json")))
+                    if search["stage"] in ("supernet", "mixture")]
+        assert searches and not set(report.table(searches, truth)) - lines
 
 
 def test_the_report_and_in_it_a_right_search_finds_the_best_soon_and_exposure_is_of_the_whole_space(monkeypatch):
@@ -700,6 +684,118 @@ def test_the_report_and_in_it_a_right_search_finds_the_best_soon_and_exposure_is
     known = [i for i, c in enumerate(SPACE) if c[0] != 4]
     figures = report.judge(results, {SPACE[i]: truth[SPACE[i]] for i in known})
     assert figures[1] == f"{kendall_tau(np.cos(known), exposure(SPACE)[known]):.2f}"
+
+
+def test_images_are_turned_upright():
+    wide, turned = np.zeros((20, 40, 3), np.uint8), Image.Exif()
+    wide[:, :20] = 255  # left half white; the tag says: turn it by 90 degrees clockwise, so white goes to the top
+    turned[0x0112] = 6
+    Image.fromarray(wide).save("turned.jpg", exif=turned, quality=95)
+    upright = read_image("turned.jpg", 32)
+    assert upright[:12].mean() > 230 and upright[-12:].mean() < 25
+
+
+def test_every_way_is_compared_and_no_run_is_repeated():
+    truth = {tuple(r["config"]): r["test_acc"] for r in strict(RESULTS / "synthetic/single.json")["results"]}
+
+    def pretended_runs():
+        importlib.import_module("results.report").count_macs = dict(zip(SPACE, COSTS)).get
+
+        def search(command, **options):
+            out, seed = (command[command.index(name) + 1] for name in ("--out", "--seed"))
+            results = [{"config": list(c), "macs": int(cost), "val_acc": truth[c] if "cost" in command else -truth[c],
+                        "steps": 1 + ("cost" in command)} for c, cost in zip(SPACE, COSTS)]
+            save_json(Path(out, "supernet.json"), {"stage": "supernet", "args": {"seed": int(seed), "batch_size": 100},
+                                                   "n_train": 900, "history": [{}] * 4, "results": results})
+            return Namespace(returncode=0)
+        importlib.import_module("subprocess").run = search
+    words = ["results/compare.py", "--truth", RESULTS / "synthetic/single.json", "--ways", "uniform", "cost", "--seeds",
+             "1", "--epochs", "10", "--amp", "off"]
+    out, _ = run(*words, prepare=pretended_runs)
+    # 36 steps are counted: uniform draws each configuration once, so a step costs 1; twice as often costs 2
+    assert "| cost | 1 | 10 | 1.00 |" in out and "| cost | 1 | 5 | 1.00 |" in out
+    assert {path.parent.parent.name for path in Path("runs/compare/synthetic").glob("*/*/*.json")} == {
+        "uniform-epochs10", "cost-epochs10", "cost-epochs5"}
+    again, _ = run(*words, prepare=failing("subprocess.run", AssertionError("run again")))
+    table = [[line for line in text.splitlines() if line.startswith("|")] for text in (out, again)]
+    assert table[0] == table[1]
+
+
+@pytest.mark.parametrize("layers, scales", [(10, 3), (7, 4), (5, 1), (3, 3)])
+def test_proposals_never_repeat_and_keep_to_the_budget(layers, scales):
+    space = pooling_configs(layers, scales)
+    macs, runs = np.array([count_macs(config) for config in space]), np.zeros(len(space))
+    for limit, scores, count in itertools.product((math.inf, np.median(macs)), ([], [0 * macs], [macs, -macs]), (1, 3)):
+        values, seen = np.full(len(space), math.nan), []
+        while proposals := propose(space, macs, scores, values, runs, limit, count):
+            for index, *_ in proposals:
+                values[index] = len(seen) % 4 / 4
+                seen.append(index)
+        assert len(seen) == len(set(seen)) and set(seen) == set(np.flatnonzero(macs <= limit))
+
+
+def test_every_prefix_of_the_shuffle_is_balanced_halves_are_stratified_and_seeds_differ():
+    labels = torch.tensor([0] * 50 + [1] * 31 + [2] * 19)
+    order = balanced_order(labels)
+    assert sorted(order.tolist()) == list(range(100))
+    for n in range(1, 101):
+        share = torch.bincount(labels[order[:n]], minlength=3) - n * torch.tensor([0.50, 0.31, 0.19])
+        assert share.abs().max() <= 1.5
+    one, two = halves(Split(torch.zeros(100, 1, 1, 3), torch.arange(100), labels), seed=3)
+    assert sorted(one.index.tolist() + two.index.tolist()) == list(range(100))
+    assert (torch.bincount(one.labels) - torch.bincount(two.labels)).abs().max() <= 1
+    parts = [("weights", 0, 0), ("weights", 0), ("weights", 0, 1), ("weights", 1, 0), ("order", 0, 0), ("weights", 10)]
+    assert len({derive_seed(*p) for p in parts}) == 6 and derive_seed("a", 1) == derive_seed("a", 1) >= 0
+
+
+def unpack(place, kind):
+    """CIFAR's files with 20 images each, or Food-101's layout with two classes of seven."""
+    place.mkdir(parents=True)
+    if kind == torchvision.datasets.Food101:
+        (place / "meta").mkdir()
+        for part, ids in (("train", range(5)), ("test", range(5, 7))):
+            names = {c: [f"{c}/{i}" for i in ids] for c in ("apple_pie", "waffles")}
+            save_json(place / "meta" / f"{part}.json", names)
+            for name in itertools.chain(*names.values()):
+                picture(place / "images" / f"{name}.jpg", size=(200, 150))
+        return
+    content = {"data": np.zeros((20, 3072), np.uint8), "labels": [0, 1] * 10, kind.meta["key"]: list(range(10))}
+    for file, _ in [*kind.train_list, *kind.test_list, (kind.meta["filename"], None)]:
+        (place / file).write_bytes(pickle.dumps(content))
+
+
+@pytest.mark.parametrize("name, place, kind, method", [
+    ("cifar10", "cifar-10-batches-py", torchvision.datasets.CIFAR10, "download"),
+    ("cifar100", "cifar-100-python", torchvision.datasets.CIFAR100, "download"),
+    ("food101", "food-101", torchvision.datasets.Food101, "_download")])
+def test_an_archive_unpacked_in_part_is_unpacked_again(name, place, kind, method, monkeypatch):
+    def interrupted(self):
+        Path(self.root, place, "half").mkdir(parents=True)
+        if killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise RuntimeError("connection lost")
+    words = ["train_single.py", "--dataset", name, *TINY[2:]]
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, *words: os.path.exists(path))
+    monkeypatch.setattr(kind, method, interrupted)
+    for killed in (False, True):
+        assert run(*words, code=-signal.SIGKILL) if killed else "connection lost" in refused(*words)
+        assert not Path("data", place).exists()
+    monkeypatch.setattr(kind, method, lambda self: unpack(Path(self.root, place), kind))
+    assert len(load_dataset(name).test) == (4 if name == "food101" else 20) and not Path("data", place, "half").exists()
+
+
+def test_data_that_cannot_be_written_is_named_by_a_dot_or_read_by_two_processes_at_once(monkeypatch):
+    Path("mounted").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode, real=os.access: str(path) != "mounted" and real(path, mode))
+    load_dataset(str(folder("pets")), "mounted")
+    assert not files("mounted") and len(files("data/cache")) == 1
+    monkeypatch.chdir("pets")
+    run("train_single.py", "--dataset", ".", *TINY[2:], "--batch-size", "4")
+    assert strict("runs/pets/single.json")["dataset"] == "pets" == load_dataset(".").name
+    words = ["search_mixture.py", "--dataset", folder("new", n=40, size=(400, 300)), *TINY[2:], "--data-dir", "fresh"]
+    for started in [start(*words, "--out", out) for out in ("one", "two")]:  # at the same time
+        finish(started)
+    assert timeless(Path("one/mixture.json")) == timeless(Path("two/mixture.json")) and len(files("fresh")) == 1
 
 
 # ---- steps: after all that forks, since where there is a GPU they start threads --------------------------------------
@@ -779,6 +875,35 @@ def test_weights_for_each_resolution_begin_equal_and_train_apart_and_a_path_is_e
     for other in (weights | {"more": x}, dict(list(whole.items())[1:]), ResNet20(layers=4).state_dict()):
         with pytest.raises(ValueError, match="another network"):
             extract_network(other, path, [], classes=4)
+
+
+def test_a_first_step_that_fp16_skips_leaves_momentum_zero():
+    factor = [math.inf, 1.0]
+
+    def overflowing(network, x, y, config):
+        loss, logits = label_loss(network, x, y, config)
+        return loss * factor.pop(0), logits
+    learner = Learner(ResNet20(classes=4, layers=4), CPU, "fp16", loss=overflowing)
+    weights = list(learner.network.parameters())
+    momentum = [learner.optimizer.state[p]["momentum_buffer"] for p in weights]  # before any step is taken
+    before, batch = [p.clone() for p in weights], (torch.randn(8, 3, 32, 32), torch.arange(8) % 4, (2, 2), 0.1)
+    learner.train(*batch)
+    assert not any(velocity.any() for velocity in momentum) and all(map(torch.equal, weights, before))
+    learner.train(*batch)
+    assert all(torch.allclose(p, q - 0.1 * v, atol=1e-6) and v.any() for p, q, v in zip(weights, before, momentum))
+
+
+@pytest.mark.parametrize("faster", ["off", "bf16"])
+def test_the_precision_on_a_cpu_is_chosen_by_measurement(faster, monkeypatch, capsys):
+    used, relu = [], F.relu
+
+    def noting_relu(*words, **options):
+        used.append("bf16" if torch.is_autocast_enabled("cpu") else "off")
+        return relu(*words, **options)
+    monkeypatch.setattr(F, "relu", noting_relu)
+    monkeypatch.setattr("timeit.repeat", lambda step, **options: [step() is None or 1 + (used[-1] != faster)])
+    assert common.pick_amp("auto", CPU) == faster and {"off", "bf16"} <= set(used)
+    assert f"--amp {faster}" in capsys.readouterr().out and common.pick_amp("bf16", CPU) == "bf16"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
