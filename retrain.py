@@ -256,7 +256,7 @@ def train_best(args, data, settings, space, macs, scores):
     results = []
     for config, entry in summarise(runs).items():
         if config in allowed or config == default:
-            first = first_seeds[config]
+            first = first_seeds.get(config, entry["runs"][0])  # the default may have come as a further seed only
             results.append({**result_fields(config, data, args), "val_acc": first["val_acc"], **entry,
                             "why": first.get("why"), "order": first.get("order")})
     if RANK == 0:
