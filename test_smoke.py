@@ -454,6 +454,9 @@ def test_propose_only_writes_nothing_and_a_budget_is_kept_by_the_cost_of_the_net
     Path("old").mkdir(), save_json("old/retrain.json", {"args": {}, "history": [], "results": [
         {"config": [2, 2], "runs": [{"seed": 0, "test_acc": 0.5, "order": 1}]}]})
     finish(start("retrain.py", *TINY, "--propose-only", "--out", "old"), code=None)  # an earlier version: no traceback
+    for limit in (["--max-macs", "5.5M"], []):  # then the default comes as a further seed only
+        run("retrain.py", *TINY, "--trainings", "1", "--runs", "1", "--out", "new", *limit)
+    assert strict("new/retrain.json")["default"]["why"] is None
 
 
 def test_half_of_the_images_by_the_first_seeds_chooses_once_and_the_other_by_all_seeds_is_reported():
