@@ -13,7 +13,7 @@ the test images chooses (`val_acc`), the other half, which took no part in any c
 
 Papers: Javan, Toews, Pedersoli, AutoML 2023, arXiv 2306.11982, section 5 (training); Rasmussen and Williams, Gaussian
 Processes for Machine Learning, 2006; Srinivas, Krause, Kakade, Seeger, Gaussian Process Optimization in the Bandit
-Setting, ICML 2010, arXiv 0912.3995 (proposals). Writes retrain.json.
+Setting, ICML 2010, arXiv 0912.3995 (proposals). Writes retrain.json, and the weights to the folder `retrain`.
 """
 import json
 import math

@@ -90,7 +90,7 @@ class TreeSearch:
 
     tree: "flat", all configurations below the root: Boltzmann sampling with explore 0 (a baseline of the paper).
     "cuts", a level for each pooling position: Monte-Carlo tree search (another; its constants are not published).
-    "rank", halves of halves of the configurations in the order of their scores, grown anew every tenth of the run:
+    "rank", halves of halves of the configurations in the order of their scores (`replant`; uniform draws until then):
     "Iterative MCTS" (AutoML 2025). Each of the three costs 1.33 uniform steps, for the scoring.
     reward "loss" and `shared`: after MCT-NAS (Su et al., CVPR 2021, arXiv 2103.11922): the reward is the running mean
     of all losses over this one; G is its running mean over all nodes with the same cut (node communication). No code
@@ -98,14 +98,14 @@ class TreeSearch:
 
     def __init__(self, configs, tree, reward="val_acc", explore=1.0, shared=0.0, temperatures=(0.7, 0.01), uniform=0.0):
         self.cuts, self.tree, self.reward = np.cumsum(configs, 1)[:, :-1].tolist(), tree, reward
-        self.explore, self.shared, self.temperatures, self.uniform = explore, shared, temperatures, uniform
+        self.explore, self.shared, self.temperatures = explore, shared, temperatures
         split = self.split_by_cut if tree == "cuts" else lambda node, level: [(leaf,) for leaf in node]
-        self.plant(tuple(range(len(configs))), split)
+        self.plant(tuple(range(len(configs))), split, uniform)
 
-    def plant(self, root, split):
+    def plant(self, root, split, uniform):
         """Begin with a new tree, of which nothing is known."""
-        self.state = {"root": root, "tree": grow(root, split), "visits": {}, "means": {}, "cut_means": {},
-                      "mean_loss": None}
+        self.state = {"root": root, "tree": grow(root, split), "uniform": uniform, "visits": {}, "means": {},
+                      "cut_means": {}, "mean_loss": None}
 
     def split_by_cut(self, node, level):
         groups = {}
@@ -141,7 +141,7 @@ class TreeSearch:
         temperature, drawn = first * (last / first) ** progress, []
         for _ in range(steps):
             node, level = self.state["root"], 0
-            if progress < self.uniform:
+            if progress < self.state["uniform"]:
                 node = (int(rng.integers(len(self.cuts))),)
             while len(node) > 1:
                 p = self.probabilities(node, level, temperature)
@@ -167,7 +167,7 @@ class TreeSearch:
     def replant(self, scores):
         """Halve the configurations recursively in the order of their scores, (n,); visits and rewards begin anew."""
         order = tuple(np.argsort(scores, kind="stable").tolist())
-        self.plant(order, lambda node, level: [node[:len(node) // 2], node[len(node) // 2:]])
+        self.plant(order, lambda node, level: [node[:len(node) // 2], node[len(node) // 2:]], uniform=0.0)
 
 
 class Prioritized:
@@ -217,7 +217,7 @@ SAMPLERS = {  # name: what makes it, from the configurations, their multiply-add
     "fair": lambda configs, macs, args: Proportional(np.exp(exposure(configs)), -3.0),
     "boltzmann": lambda configs, macs, args: TreeSearch(configs, "flat", explore=0.0),
     "mcts": lambda configs, macs, args: TreeSearch(configs, "cuts"),
-    "tree": lambda configs, macs, args: TreeSearch(configs, "rank", uniform=0.4),
+    "tree": lambda configs, macs, args: TreeSearch(configs, "rank", uniform=1.0),
     "mct-nas": lambda configs, macs, args: TreeSearch(configs, "cuts", "loss", explore=0.05, shared=0.2,
                                                       temperatures=(0.025, 0.025), uniform=0.5),
     "prioritized": lambda configs, macs, args: Prioritized(macs, args.pools, args.pool_size)}
@@ -373,6 +373,7 @@ def search(args, data, settings, name):
     steps = steps_per_epoch(training, args.batch_size)
     sampler = SAMPLERS[args.sampler](configs, macs, args)
     split_epoch = round(args.split_at * args.epochs)
+    new_tree = range(round(0.4 * args.epochs), args.epochs, max(1, args.epochs // 10))  # epochs that begin with one
     history, counts, state = [], [0] * len(configs), load_checkpoint(checkpoint)
     torch.manual_seed(derive_seed("weights", args.seed))
     network = ResNet20(data.train.pixels.shape[-1], len(data.classes), args.stem, args.layers, norm="shared").to(device)
@@ -398,7 +399,7 @@ def search(args, data, settings, name):
         if epoch == split_epoch:
             split_by_resolution(network, args.scales, args.image_size // args.stem)
             learner = make_learner(network)
-        if args.sampler == "tree" and epoch >= 0.4 * args.epochs and epoch % max(1, args.epochs // 10) == 0:
+        if args.sampler == "tree" and epoch in new_tree:
             few = list(itertools.islice(scoring_batches(scoring, args.batch_size, device), 5))
             sampler.replant([sum(learner.score(*batch, config).item() for batch in few) for config in configs])
         rng = np.random.default_rng(derive_seed("draw", args.seed, epoch))

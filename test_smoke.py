@@ -404,16 +404,21 @@ def whole(tmp_path_factory):
     return found
 
 
-def test_the_four_stages(whole):
+def test_the_four_stages(whole, monkeypatch):
     read = {stage: Path(f"runs/synthetic/{stage}.json") for stage in STAGES}
     out, before = run(*STAGES["single"])[0], files("runs/synthetic/single")
-    assert "[2,2]" in out and f"wrote {read['single']}" in out and len(before) == 3
+    assert "[2,2]" in out and f"wrote {read['single']}" in out and len(before) == 6  # a file and its weights each
     run("train_single.py", *TINY, "--config", "2,2", "--seed", "1")
     assert before.items() <= files("runs/synthetic/single").items()  # adds a run, trains nothing again
     single = strict(read["single"])
     alone = {(*r["config"], run["seed"]): run for r in single["results"] for run in r["runs"]}
     assert len(alone) == 4 and all(r["test_acc"] == pytest.approx(np.mean(r["halves"])) for r in alone.values())
     assert single["default"]["std"] == pytest.approx(np.std([alone[2, 2, seed]["test_acc"] for seed in (0, 1)], ddof=1))
+    monkeypatch.setattr(common, "SYNTHETIC", (160, 60))
+    test, network = load_dataset("synthetic", limit_train=96, limit_test=40).test, ResNet20(layers=4)
+    network.load_state_dict(torch.load("runs/synthetic/single/3-1-seed0.pt")["learner"]["network"])
+    correct = network.eval()(normalise(test.pixels[test.index]), (3, 1)).argmax(1) == test.labels
+    assert correct.float().mean().item() == pytest.approx(alone[3, 1, 0]["test_acc"])
     run(*STAGES["supernet"])
     naive, truth = strict(read["supernet"]), {tuple(r["config"]): r["test_acc"] for r in single["results"]}
     assert naive["rank"]["regret"] == pytest.approx(max(truth.values()) - truth[tuple(naive["best"]["config"])])

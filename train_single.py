@@ -6,8 +6,9 @@
     python train_single.py --dataset synthetic --config all  # minutes on a laptop
     torchrun --nproc_per_node=8 train_single.py --config all # eight networks at a time, on the GPU of their number
 
-Every finished network is a file in the folder `single` of --out and is not trained again; at the end they are
-gathered in single.json. Several machines: add `--nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500` on each.
+Every network leaves its weights (.pt) and, when it is finished, its accuracy (.json) in the folder `single` of --out
+and is not trained again; at the end single.json gathers them. Several machines: add `--nnodes=2 --rdzv-backend=c10d
+--rdzv-endpoint=HOST:29500` on each.
 
 Paper: Javan, Toews, Pedersoli, AutoML 2023, arXiv 2306.11982, section 5.
 """
@@ -27,7 +28,7 @@ def train_network(config, seed, data, args, settings, folder, **notes):
 
     Its weights and batches depend on `seed` and the configuration alone. folder: where it leaves a file with the
     accuracies, fractions, on all test images (`test_acc`) and on each half of them (`halves`, a fixed class-balanced
-    cut), and the `notes`; until then a checkpoint."""
+    cut), and the `notes`, beside the checkpoint with the trained weights."""
     folder.mkdir(exist_ok=True)
     path = folder / f"{'-'.join(map(str, config))}-seed{seed}"
     torch.manual_seed(derive_seed("weights", seed, *config))
@@ -59,7 +60,6 @@ def train_network(config, seed, data, args, settings, folder, **notes):
         "config": list(config), "seed": seed, "test_acc": round(correct / len(data.test), 6), "halves": accuracies,
         "seconds": round(sum(entry["seconds"] for entry in history), 2), **notes, "history": history,
         "args": settings})
-    path.with_suffix(".pt").unlink(missing_ok=True)
 
 
 def finished_runs(args, stage):
@@ -70,9 +70,7 @@ def finished_runs(args, stage):
         for run in entry.get("runs", []):  # none in the truth of others
             history = [h for h in earlier["history"] if (h["config"], h["seed"]) == (entry["config"], run["seed"])]
             mine.append({**run, "config": entry["config"], "history": history, "args": earlier["args"]})
-    for path in sorted((args.out / stage).glob("*.json")):
-        mine.append(load_json(path))
-        path.with_suffix(".pt").unlink(missing_ok=True)  # left by a kill just after the file was written
+    mine += [load_json(path) for path in sorted((args.out / stage).glob("*.json"))]
     runs = {(tuple(run["config"]), run["seed"]): run for part in gather(mine) for run in part}
     return dict(sorted(runs.items()))
 
