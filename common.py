@@ -168,18 +168,16 @@ class ResNet20(nn.Module):
 def count_macs(config, channels=3, classes=10, stem=1, size=32):
     """Multiply-adds of one image: convolutions and the last linear layer, as is usual. 40.8 M for (4, 3, 3).
 
-    size: side in pixels at the first searched layer. On the meta device only shapes are computed."""
-    macs = []
+    size: side in pixels at the first searched layer. A weight of a convolution takes one for each pixel it puts out."""
+    with torch.device("meta"):  # shapes only
+        network = ResNet20(channels, classes, stem, sum(config))
 
-    def record(layer, inputs, output):  # each output value takes one multiply-add for every weight that leads to it
-        macs.append(output[0].numel() * layer.weight[0].numel())
-    with torch.device("meta"):
-        network = ResNet20(channels, classes, stem, sum(config)).eval()
-        for layer in network.modules():
-            if isinstance(layer, (nn.Conv2d, nn.Linear)):
-                layer.register_forward_hook(record)
-        network(torch.zeros(1, channels, size * stem, size * stem), config)
-    return sum(macs)
+    def weights(part):
+        return sum(layer.weight.numel() for layer in part.modules() if isinstance(layer, nn.Conv2d))
+    macs = network.head.weight.numel() + weights(network.stem) * size ** 2
+    for layer, resolution in zip(network.layers, np.repeat(np.arange(len(config)), config).tolist()):
+        macs += weights(layer) * (size >> resolution) ** 2
+    return macs
 
 
 # ---- Data: every data set ends as uint8 images (N, H, W, C) plus labels ---------------------------------------------
