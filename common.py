@@ -211,7 +211,8 @@ class Dataset:
 
 def balanced_order(labels, seed=0):
     """A shuffle (int64 tensor) in which every prefix holds the classes in proportion, to within one image each."""
-    labels, rng = np.asarray(labels), np.random.default_rng(seed)
+    labels = np.asarray(labels)
+    rng = np.random.default_rng(seed)
     order = rng.permutation(len(labels))
     position = np.empty(len(labels))
     for label in np.unique(labels):
@@ -343,7 +344,8 @@ def list_images(name, data_dir):
     from torchvision.datasets import ImageFolder
     if name == "food101":
         _, root = torchvision_set(name, data_dir)
-        images, root = [], root.resolve()
+        images = []
+        root = root.resolve()
         for part in ("train", "test"):
             by_class = json.loads((root / "meta" / f"{part}.json").read_text())
             classes = sorted(by_class)
@@ -382,7 +384,9 @@ def load_dataset(name, data_dir="data", image_size=None, limit_train=None, limit
     data_dir: where data sets are kept and downloaded to; decoded images are cached in its folder `cache`, or in
     data/cache where data_dir cannot be written. limit_train, limit_test: only the first images of a fixed
     class-balanced shuffle. Returns a Dataset on the CPU. Raises UserError with what to fetch, make or mend."""
-    usual, digest, files = IMAGE_SIZE.get(name, 32), "", []
+    usual = IMAGE_SIZE.get(name, 32)
+    digest = ""
+    files = []
     size = image_size or usual
     if name in ("cifar10", "cifar100", "synthetic") and size != usual:
         raise UserError(f"--image-size {size}: the images of {name} have {usual} pixels")
@@ -398,7 +402,8 @@ def load_dataset(name, data_dir="data", image_size=None, limit_train=None, limit
     else:
         classes, *listed = list_images(name, data_dir)
         parts = [tuple(zip(*images)) for images in listed]
-        files, facts = [*parts[0][0], *parts[1][0]], []
+        files = [*parts[0][0], *parts[1][0]]
+        facts = []
         for part, images in zip(("train", "test"), listed):
             facts += [(part, classes[label], os.path.basename(file), os.path.getsize(file)) for file, label in images]
         digest = short_hash(facts)  # the same for a copy elsewhere
@@ -421,7 +426,8 @@ def load_dataset(name, data_dir="data", image_size=None, limit_train=None, limit
             rows = torch.arange(len(rows))
     else:
         pixels = torch.from_numpy(np.concatenate([images for images, _ in parts]))
-    whole, count = Split(pixels, rows, labels), len(train_rows)
+    whole = Split(pixels, rows, labels)
+    count = len(train_rows)
     return Dataset(as_text(place.name), whole.take(slice(0, count)), whole.take(slice(count, None)),
                    [as_text(label) for label in classes], digest)
 
@@ -460,7 +466,8 @@ def training_batches(split, batch_size, device, seed, augment=True, views=1):
     (2 B, C, H, W), each image once in each half, augmented independently. All that is random is drawn here, from the
     seed alone, so it is the same on every device."""
     rng = torch.Generator().manual_seed(seed)
-    count, pad = len(split), split.pixels.shape[1] // 8
+    count = len(split)
+    pad = split.pixels.shape[1] // 8
     order = torch.randperm(count, generator=rng)
     top, left = torch.randint(0, 2 * pad + 1, (2, views, count), generator=rng).to(device)
     flip = (torch.rand(views, count, generator=rng) < 0.5).to(device)
@@ -557,7 +564,10 @@ def graphed(step, device):
     if device.type != "cuda":
         return step
     stream, pool = graph_place(device)
-    seen, captured, static_inputs, capturing_works = set(), {}, {}, True
+    seen = set()
+    captured = {}
+    static_inputs = {}
+    capturing_works = True
 
     def run(x, y, *step_args):
         nonlocal capturing_works
@@ -856,7 +866,8 @@ def print_table(header, rows):
 
 def print_results(results, key, default):
     """Print the best five results, the default and the Pareto set (*)."""
-    front, rows = [r["config"] for r in pareto(results, key)], []
+    front = [r["config"] for r in pareto(results, key)]
+    rows = []
     for place, r in enumerate(sorted(results, key=lambda r: -r[key]), 1):
         usual = r["config"] == list(default)
         if place <= 5 or usual or r["config"] in front:

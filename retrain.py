@@ -88,7 +88,10 @@ def propose(space, macs, scores, values, runs, max_macs=math.inf, count=1):
     would be the most expensive, which may fail. chance: the probability to beat the best so far. A second proposal
     believes the mean of the first, and so on. Fewer are listed once all within `max_macs` are. Arguments as for
     `believe`."""
-    values, runs, allowed, proposals = values.copy(), runs.copy(), macs <= max_macs, []
+    values = values.copy()
+    runs = runs.copy()
+    allowed = macs <= max_macs
+    proposals = []
     default = space.index(default_config(sum(space[0]), len(space[0])))
     expensive = sorted(np.flatnonzero(allowed), key=lambda i: -macs[i])[:max(1, allowed.sum() // 3)]
     best = np.nanmax(values, initial=0.0, where=np.isfinite(values) & allowed)
@@ -213,7 +216,9 @@ def next_round(runs, trainings):
 
 def train_best(args, data, settings, space, macs, scores):
     """From the scores to retrain.json."""
-    default, folder, runs = default_config(args.layers, args.scales), args.out / "retrain", known_runs(args, settings)
+    default = default_config(args.layers, args.scales)
+    folder = args.out / "retrain"
+    runs = known_runs(args, settings)
 
     # ---- rounds of proposals, one for each process -------------------------------------------------------------------
     while True:
@@ -223,7 +228,8 @@ def train_best(args, data, settings, space, macs, scores):
         proposals = gather(proposals)[0]  # the same on every machine, whatever its arithmetic
         if not proposals:
             break
-        mine, last = [], first + len(proposals) - 1
+        mine = []
+        last = first + len(proposals) - 1
         for number, (index, why, mean, deviation, chance) in enumerate(proposals, first):
             if not any(run.get("order") == number for run in runs.values()):
                 mine.append((number, space[index], why))
@@ -267,7 +273,9 @@ def train_best(args, data, settings, space, macs, scores):
                     history=[entry for run in runs.values() for entry in run["history"]],
                     best=next(r for r in results if r["config"] == list(best)))
     by_config = {tuple(r["config"]): r for r in results}
-    base, front, rows = by_config.get(default), pareto(results, "test_acc"), []
+    base = by_config.get(default)
+    front = pareto(results, "test_acc")
+    rows = []
     for r in sorted(results, key=lambda r: -r["val_acc"]):
         rows.append([show(r["config"]), r["why"], r["order"], f"{r['macs'] / 1e6:.1f}", f"{r['val_acc']:.4f}",
                      f"{r['test_acc']:.4f}", f"{r['std']:.4f}" if r["std"] is not None else None, len(r["runs"]),

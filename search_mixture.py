@@ -98,7 +98,9 @@ def main():
 
 def search(args, data, settings, name):
     """The search of the paper, section 4, from the arguments to mixture.json."""
-    configs, device, checkpoint = pooling_configs(args.layers, args.scales), args.device, args.out / f"{name}.pt"
+    configs = pooling_configs(args.layers, args.scales)
+    device = args.device
+    checkpoint = args.out / f"{name}.pt"
     fields = [result_fields(config, data, args) for config in configs]
     sampler = SAMPLERS[args.sampler](configs, [entry["macs"] for entry in fields], args)
     training, scoring = halves(data.train, args.seed)
@@ -109,7 +111,8 @@ def search(args, data, settings, name):
         network = ResNet20(data.train.pixels.shape[-1], len(data.classes), args.stem, args.layers, norm="shared")
         learners.append(Learner(network, device, args.amp, args.weight_decay))
     assignment = Assignment(len(configs), args.models)
-    history, state = [], load_checkpoint(checkpoint)
+    history = []
+    state = load_checkpoint(checkpoint)
     if state:
         history, assignment.W, assignment.counts = state["history"], state["W"], state["counts"]
         for learner, saved in zip(learners, state["learners"]):
@@ -118,13 +121,16 @@ def search(args, data, settings, name):
 
     # ---- the search -------------------------------------------------------------------------------------------------
     for epoch in range(len(history), args.epochs):
-        began, log = time.monotonic(), torch.zeros(steps, 2, device=device)  # loss and validation accuracy
-        rng, shared = np.random.default_rng(derive_seed("draw", args.seed, epoch)), epoch < args.shared_epochs
+        began = time.monotonic()
+        log = torch.zeros(steps, 2, device=device)  # loss and validation accuracy
+        rng = np.random.default_rng(derive_seed("draw", args.seed, epoch))
+        shared = epoch < args.shared_epochs
         train_batches = training_batches(training, args.batch_size, device, derive_seed("order", args.seed, epoch))
         score_batches = training_batches(scoring, args.batch_size, device,
                                          derive_seed("scoring order", args.seed, epoch), augment=False)
         for start in range(0, steps, BLOCK):
-            block, progress = range(start, min(start + BLOCK, steps)), (epoch * steps + start) / (args.epochs * steps)
+            block = range(start, min(start + BLOCK, steps))
+            progress = (epoch * steps + start) / (args.epochs * steps)
             drawn = sampler.draw(len(block), progress, rng)
             owners = assignment.draw(assignment.probabilities(progress, not args.no_balance), drawn, rng)
             if shared:
@@ -145,8 +151,11 @@ def search(args, data, settings, name):
                                      "learners": [learner.state_dict() for learner in learners], "args": settings})
 
     # ---- every configuration on the whole scoring half, with its most probable model ---------------------------------
-    began, results, pairs = time.monotonic(), [], []
-    probs, counts = assignment.probabilities(1.0, not args.no_balance), assignment.counts.tolist()
+    began = time.monotonic()
+    results = []
+    pairs = []
+    probs = assignment.probabilities(1.0, not args.no_balance)
+    counts = assignment.counts.tolist()
     for config, entry, owner, trained in zip(configs, fields, probs.argmax(1).tolist(), counts):
         models = range(args.models) if args.all_pairs else [owner]
         scores = {m: round(evaluate(learners[m].score, scoring, config, device, args.batch_size), 6) for m in models}

@@ -97,7 +97,8 @@ class TreeSearch:
     of it is public: the constants are ours. It costs 1.0."""
 
     def __init__(self, configs, tree, reward="val_acc", explore=1.0, shared=0.0, temperatures=(0.7, 0.01), uniform=0.0):
-        self.cuts, self.tree, self.reward = np.cumsum(configs, 1)[:, :-1].tolist(), tree, reward
+        self.cuts = np.cumsum(configs, 1)[:, :-1].tolist()
+        self.reward = reward
         self.explore, self.shared, self.temperatures = explore, shared, temperatures
         split = self.split_by_cut if tree == "cuts" else lambda node, level: [(leaf,) for leaf in node]
         self.plant(tuple(range(len(configs))), split, uniform)
@@ -138,7 +139,8 @@ class TreeSearch:
 
     def draw(self, steps, progress, rng):
         first, last = self.temperatures
-        temperature, drawn = first * (last / first) ** progress, []
+        temperature = first * (last / first) ** progress
+        drawn = []
         for _ in range(steps):
             node, level = self.state["root"], 0
             if progress < self.state["uniform"]:
@@ -184,10 +186,12 @@ class Prioritized:
     def __init__(self, macs, pools, size):
         self.classes = [part.tolist() for part in np.array_split(np.argsort(macs, kind="stable"), pools)]
         self.class_of = {i: number for number, members in enumerate(self.classes) for i in members}
-        self.size, self.state = size, {"score": [None] * len(macs), "members": [[] for _ in self.classes]}
+        self.size = size
+        self.state = {"score": [None] * len(macs), "members": [[] for _ in self.classes]}
 
     def draw(self, steps, progress, rng, floor=0.01):
-        level, drawn = floor ** progress, []
+        level = floor ** progress
+        drawn = []
         for number in rng.integers(len(self.classes), size=steps):
             pool, members = self.state["members"][number], self.classes[number]
             if len(pool) < min(self.size, len(members)) or rng.random() < level:
@@ -248,7 +252,8 @@ class CrossPathLoss:
     x: (2 B, C, S, S), the two views one after the other; y: (B,)."""
 
     def __init__(self, network, steps):
-        self.teacher, self.rate = copy.deepcopy(network).requires_grad_(False), 0.001 if steps >= 5000 else 0.01
+        self.teacher = copy.deepcopy(network).requires_grad_(False)
+        self.rate = 0.001 if steps >= 5000 else 0.01
         self.teacher.register_buffer("weight", torch.zeros((), device=next(network.parameters()).device))
         self.rise = 5 / steps
 
@@ -286,7 +291,8 @@ class PerResolution(nn.Module):
 
     def __init__(self, layer, size, resolutions):
         super().__init__()
-        self.size, self.copies = size, nn.ModuleDict({str(r): copy.deepcopy(layer) for r in resolutions})
+        self.size = size
+        self.copies = nn.ModuleDict({str(r): copy.deepcopy(layer) for r in resolutions})
 
     def forward(self, x):
         return self.copies[str((self.size // x.shape[-1]).bit_length() - 1)](x)
@@ -310,7 +316,8 @@ def extract_network(weights, config, feed, classes=10, channels=3, stem=1):
     (B, C, S, S), labels) training batches, over which the batch-norm statistics are averaged. Returns a ResNet20 in
     eval mode, on the weights' device, whose net(x) runs `config` and gives one image the same answer as a batch.
     Raises ValueError where the weights are of another network."""
-    resolutions, own = np.repeat(np.arange(len(config)), config), {}
+    resolutions = np.repeat(np.arange(len(config)), config)
+    own = {}
     for name, value in weights.items():
         copied = re.fullmatch(r"(layers\.(\d+))\.copies\.(\d+)(\..*)", name)
         if not copied:
@@ -366,7 +373,9 @@ def main():
 
 def search(args, data, settings, name):
     """From the arguments to supernet.json."""
-    configs, device, checkpoint = pooling_configs(args.layers, args.scales), args.device, args.out / f"{name}.pt"
+    configs = pooling_configs(args.layers, args.scales)
+    device = args.device
+    checkpoint = args.out / f"{name}.pt"
     fields = [result_fields(config, data, args) for config in configs]
     macs = np.array([entry["macs"] for entry in fields])
     training, scoring = halves(data.train, args.seed)
@@ -374,7 +383,9 @@ def search(args, data, settings, name):
     sampler = SAMPLERS[args.sampler](configs, macs, args)
     split_epoch = round(args.split_at * args.epochs)
     new_tree = range(round(0.4 * args.epochs), args.epochs, max(1, args.epochs // 10))  # epochs that begin with one
-    history, counts, state = [], [0] * len(configs), load_checkpoint(checkpoint)
+    history = []
+    counts = [0] * len(configs)
+    state = load_checkpoint(checkpoint)
     torch.manual_seed(derive_seed("weights", args.seed))
     network = ResNet20(data.train.pixels.shape[-1], len(data.classes), args.stem, args.layers, norm="shared").to(device)
     if args.teach == "cross-path":
@@ -395,7 +406,8 @@ def search(args, data, settings, name):
 
     # ---- the search -------------------------------------------------------------------------------------------------
     for epoch in range(len(history), args.epochs):
-        began, log = time.monotonic(), torch.zeros(steps, 3, device=device)  # loss, accuracy, and that of scoring
+        began = time.monotonic()
+        log = torch.zeros(steps, 3, device=device)  # loss, accuracy, and that of scoring
         if epoch == split_epoch:
             split_by_resolution(network, args.scales, args.image_size // args.stem)
             learner = make_learner(network)
@@ -408,7 +420,8 @@ def search(args, data, settings, name):
         score_batches = training_batches(scoring, args.batch_size, device,
                                          derive_seed("scoring order", args.seed, epoch), augment=False)
         for start in range(0, steps, BLOCK):
-            block, progress = range(start, min(start + BLOCK, steps)), (epoch * steps + start) / (args.epochs * steps)
+            block = range(start, min(start + BLOCK, steps))
+            progress = (epoch * steps + start) / (args.epochs * steps)
             drawn = sampler.draw(len(block), progress, rng)
             for step, choice, (x, y) in zip(block, drawn, train_batches):
                 lr = cosine_lr(epoch * steps + step, args.epochs * steps, args.lr, args.warm_up)
@@ -434,13 +447,15 @@ def search(args, data, settings, name):
             "teacher": loss.teacher.state_dict() if args.teach == "cross-path" else None, "args": settings})
 
     # ---- every configuration on the whole scoring half ---------------------------------------------------------------
-    began, results = time.monotonic(), []
+    began = time.monotonic()
+    results = []
     for config, entry, count in zip(configs, fields, counts):
         accuracy = evaluate(learner.score, scoring, config, device, args.batch_size)
         results.append({**entry, "val_acc": round(accuracy, 6), "steps": count})
 
     # ---- one network for each budget ---------------------------------------------------------------------------------
-    budgets, channels = [], data.train.pixels.shape[-1]
+    budgets = []
+    channels = data.train.pixels.shape[-1]
     feed = training_batches(training, args.batch_size, device, derive_seed("calibration", args.seed))
     feed = list(itertools.islice(feed, 8))
     for number, members in enumerate(np.array_split(np.argsort(macs, kind="stable"), args.pools)):
@@ -449,7 +464,8 @@ def search(args, data, settings, name):
             members = sampler.state["members"][number] or members
         best = max((results[i] for i in members), key=lambda r: r["val_acc"])
         single = extract_network(network.state_dict(), best["config"], feed, len(data.classes), channels, args.stem)
-        score, image = partial(score_step, single, args.amp), feed[0][0][:1]
+        score = partial(score_step, single, args.amp)
+        image = feed[0][0][:1]
         with torch.no_grad():
             timed = timeit.repeat(lambda: single(image).sum().item(), number=1, repeat=21)  # item() waits
         budgets.append({"budget": budget, **best, "seconds_per_image": statistics.median(timed),

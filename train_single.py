@@ -34,7 +34,8 @@ def train_network(config, seed, data, args, settings, folder, **notes):
     torch.manual_seed(derive_seed("weights", seed, *config))
     network = ResNet20(data.train.pixels.shape[-1], len(data.classes), args.stem, args.layers)
     learner = Learner(network, args.device, args.amp, args.weight_decay)
-    steps, history = steps_per_epoch(data.train, args.batch_size), []
+    steps = steps_per_epoch(data.train, args.batch_size)
+    history = []
     state = load_checkpoint(path.with_suffix(".pt"))
     if state:
         learner.load_state_dict(state["learner"])
@@ -64,7 +65,8 @@ def train_network(config, seed, data, args, settings, folder, **notes):
 
 def finished_runs(args, stage):
     """The runs that a stage has finished, on whichever rank's disk: {(configuration, seed): what its file holds}."""
-    path, mine = args.out / f"{stage}.json", []
+    path = args.out / f"{stage}.json"
+    mine = []
     earlier = load_json(path) if path.exists() else {"results": []}  # perhaps copied here without the folder of runs
     for entry in earlier["results"]:
         for run in entry.get("runs", []):  # none in the truth of others

@@ -55,10 +55,12 @@ def figures(search, forwards, truth):
 def rows(found):
     """The mean and, in brackets, the deviation over seeds of each figure; tau less that of the uniform run of the same
     seed, with the standard error: {way: strings}. found: {way: list of `figures`}."""
-    cells, base = {}, np.array(found.get("uniform", [])).reshape(-1, len(FIGURES))
+    cells = {}
+    base = np.array(found.get("uniform", [])).reshape(-1, len(FIGURES))
     for way, values in found.items():
         values = np.array(values)
-        count, paired = len(values), values[:len(base), 0] - base[:len(values), 0]
+        count = len(values)
+        paired = values[:len(base), 0] - base[:len(values), 0]
         cells[way] = [f"{mean:.2f}" for mean in values.mean(0)] + [f"{paired.mean():+.2f}" if len(paired) else "-"]
         if count > 1:
             spread = values.std(0, ddof=1)
@@ -84,7 +86,8 @@ def main():
 
     def run(way, seed, epochs):
         """One search in a process of its own, unless it has ended before: its JSON (with --so-far perhaps None)."""
-        options, script = WAYS[way][0].split(), "search_mixture" if "mixture" in way else "search_supernet"
+        options = WAYS[way][0].split()
+        script = "search_mixture" if "mixture" in way else "search_supernet"
         folder = out / f"{way.replace(' ', '-').replace(',', '')}-epochs{epochs}" / f"seed{seed}"
         name = script.removeprefix("search_") + (f"-seed{seed}" if seed else "")
         if not (folder / f"{name}.json").exists():
@@ -102,7 +105,8 @@ def main():
     def compare(title, epochs):
         """Run each way of {way: epochs}, all seeds, and print the table: {way: figures, (seeds, 7)}."""
         jobs = [(way, seed, epochs[way]) for seed in range(args.seeds) for way in epochs]
-        found, began = {way: [] for way in epochs}, time.monotonic()
+        found = {way: [] for way in epochs}
+        began = time.monotonic()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for number, (job, search) in enumerate(zip(jobs, pool.map(lambda job: run(*job), jobs)), 1):
                 if search:

@@ -101,7 +101,8 @@ def table(searches, truth):
     there are several seeds one for the mean of their scores."""
     results = sorted(searches[0]["results"], key=lambda r: r["config"])
     by_cost = [{**r, "val_acc": math.log2(r["macs"]), "model": 0} for r in results]
-    alone, rows = {("multiply-adds alone", 0, 0): [{"results": by_cost, "seconds": 0}]}, {}
+    alone = {("multiply-adds alone", 0, 0): [{"results": by_cost, "seconds": 0}]}
+    rows = {}
 
     def add(words, results, seconds):
         chosen = show(max(results, key=lambda r: r["val_acc"])["config"])
@@ -127,11 +128,14 @@ def simulate(truth, searches, rule="process", trainings=10, draws=50, noise=0.00
     each round."""
     space = sorted(truth)
     macs, true = np.array([count_macs(config) for config in space]), np.array([truth[config] for config in space])
-    trainings, regrets = min(trainings, len(space)), []
+    trainings = min(trainings, len(space))
+    regrets = []
     for search, _ in itertools.product(searches, range(draws)):
         rng = np.random.default_rng(len(regrets))
-        measured, values = true + noise * rng.standard_normal(len(true)), np.full(len(true), math.nan)
-        score, order = np.array([search[config] for config in space]), []
+        measured = true + noise * rng.standard_normal(len(true))
+        values = np.full(len(true), math.nan)
+        score = np.array([search[config] for config in space])
+        order = []
         if rule in ("in random order", "process with shuffled scores"):
             score = rng.permutation(score)
         scores = [] if rule == "process without scores" else [score]
