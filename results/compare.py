@@ -20,8 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from common import Parser, UserError, kendall_tau, load_json, pick_amp, pick_device, run_main, save_json, say
-from results.report import markdown, simulate
-from search_supernet import exposure
+from results.report import judge, markdown, simulate
 
 WAYS = {  # name: (options, forward passes beside those of training, for each path trained)
     "uniform": ("", 0), "cost": ("--sampler cost", 0), "cost to the power 0.5": ("--sampler cost --exponent 0.5", 0),
@@ -41,15 +40,13 @@ def figures(search, forwards, truth):
     """FIGURES of one search: tau of its scores with the truth, with exposure, with how often each configuration was
     trained; regret, in points, of its choice, and of stage 4 after 4 and 6 trainings (mean of simulations);
     multiply-adds of a step against those of a uniform one."""
-    results = sorted(search["results"], key=lambda r: r["config"])
-    score, macs, steps = (np.array([r[key] for r in results]) for key in ("val_acc", "macs", "steps"))
-    configs = [tuple(r["config"]) for r in results]
-    true = np.array([truth[config] for config in configs])
-    stage_4 = simulate(truth, [dict(zip(configs, score))], trainings=6, draws=10).mean(0)
+    macs, steps, score = (np.array([r[key] for r in search["results"]]) for key in ("macs", "steps", "val_acc"))
+    tau, with_exposure, *_, regret = judge(search["results"], truth)
+    scores = {tuple(r["config"]): r["val_acc"] for r in search["results"]}
+    stage_4 = simulate(truth, [scores], trainings=6, draws=10).mean(0)
     taken = len(search["history"]) * (search["n_train"] // search["args"]["batch_size"])
-    step = (3 + forwards) / 3 * (macs * steps).sum() / taken / macs.mean()
-    return [kendall_tau(score, true) or 0, kendall_tau(score, exposure(configs)) or 0, kendall_tau(score, steps) or 0,
-            100 * (true.max() - true[score.argmax()]), stage_4[3], stage_4[5], step]
+    cost = (3 + forwards) / 3 * (macs * steps).sum() / taken / macs.mean()
+    return [tau, with_exposure, kendall_tau(score, steps) or 0, regret, stage_4[3], stage_4[5], cost]
 
 
 def rows(found):

@@ -56,14 +56,14 @@ FIGURES = ["tau", "tau with exposure", "tau with cost", "within a model", "fitte
 
 
 def judge(results, truth):
-    """FIGURES of a search's results by the truth {configuration: accuracy}; none where too few are known.
+    """FIGURES of a search's results by the truth {configuration: accuracy}; None where too few are known.
 
     Tau of the scores with the truth, with `exposure` and with multiply-adds; tau with the truth of each model over what
     it owns (mean), and of a line in score and log2 of multiply-adds, fitted to the truth by least squares; regret of
     the best-scored, in points."""
     known = [r for r in results if tuple(r["config"]) in truth]
     if len(known) < max(3, len(results) / 2):
-        return ["-"] * len(FIGURES)
+        return [None] * len(FIGURES)
     fed = dict(zip((tuple(r["config"]) for r in results), exposure([r["config"] for r in results])))
     score, fed, cost, true, model = np.array([
         (r["val_acc"], fed[tuple(r["config"])], math.log2(r["macs"]), truth[tuple(r["config"])], r.get("model", 0))
@@ -73,7 +73,7 @@ def judge(results, truth):
     features = np.stack([np.ones(len(known)), score, cost], axis=1)
     line = features @ np.linalg.lstsq(features, true, rcond=None)[0]
     regret = 100 * (true.max() - true[score.argmax()])
-    return [f"{figure:.2f}" for figure in (*taus, np.mean(within), kendall_tau(line.round(9), true) or 0, regret)]
+    return [*taus, np.mean(within), kendall_tau(line.round(9), true) or 0, regret]
 
 
 def readings(search):
@@ -106,7 +106,8 @@ def table(searches, truth):
 
     def add(words, results, seconds):
         chosen = show(max(results, key=lambda r: r["val_acc"])["config"])
-        rows.setdefault(words, []).append([chosen, *judge(results, truth), f"{seconds:.0f}"])
+        figures = ["-" if figure is None else f"{figure:.2f}" for figure in judge(results, truth)]
+        rows.setdefault(words, []).append([chosen, *figures, f"{seconds:.0f}"])
     for (words, images, steps), group in {**by_setting(searches), **alone}.items():
         for search in group:
             for rule, results in readings(search).items():
