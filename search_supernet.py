@@ -55,8 +55,9 @@ class Proportional:
     """Independent draws, in proportion to values ** exponent.
 
     Exponent 0 draws uniformly: the naive SuperNet (paper, section 4; Guo et al., ECCV 2020). Multiply-adds with 1 draw
-    by cost (ours: what is expensive learns more slowly); a step then costs 1.32 uniform ones. exp(exposure) with -3
-    draws against exposure (ours, after the aim of FairNAS, Chu et al., ICCV 2021); a step costs 1.20."""
+    by cost (ours: a guess that cost helps, made by training cheap ones less); a step then costs 1.32 uniform ones.
+    exp(exposure) with -3 draws against exposure (ours, after the aim of FairNAS, Chu et al., ICCV 2021); a step costs
+    1.20."""
     reward = None
 
     def __init__(self, values, exponent):

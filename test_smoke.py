@@ -674,7 +674,7 @@ def test_the_tables_in_the_readme_are_the_files():
     for folder, truth in (("cifar10-jpeg", truths[0]), ("cifar10", truths[0]), ("cifar10", truths[1])):
         searches = [search for search in map(strict, sorted((RESULTS / folder).rglob("*.json")))
                     if search["stage"] in ("supernet", "mixture")]
-        assert searches and not set(report.table(searches, truth)) - lines
+        assert searches and not set(report.table(searches, truth) + report.owners_table(searches)) - lines
 
 
 def test_the_report_and_in_it_a_right_search_finds_the_best_soon_and_exposure_is_of_the_whole_space():
@@ -691,6 +691,13 @@ def test_the_report_and_in_it_a_right_search_finds_the_best_soon_and_exposure_is
     known = [i for i, c in enumerate(SPACE) if c[0] != 4]
     figures = report.judge(results, {SPACE[i]: truth[SPACE[i]] for i in known})
     assert figures[1] == pytest.approx(kendall_tau(np.cos(known), exposure(SPACE)[known]))
+    mixture = strict(RESULTS / "cifar10-jpeg/mixture.json")
+    score, owner = ({tuple(r["config"]): r[key] for r in mixture["results"]} for key in ("val_acc", "model"))
+    near = [(c, (a, b, 10 - a - b)) for c in SPACE for a, b in ((c[0] + 1, c[1] - 1), (c[0], c[1] + 1))]
+    middle, late = ([score[c] for c in SPACE if c[0] in some] for some in ((3, 4), (6, 7, 8)))
+    assert report.owners(mixture) == pytest.approx([
+        100 * (np.mean(middle) - np.mean(late)), np.mean([max(row) for row in mixture["probabilities"]]),
+        np.mean([owner[one] == owner[two] for one, two in near if two in owner])])
 
 
 def test_images_are_turned_upright():

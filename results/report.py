@@ -2,7 +2,8 @@
 
     python -m results.report results/cifar10-jpeg --truth results/published_cifar10_resnet20.json --simulate
 
-Prints a table of all searches in the folder and below, judged by the folder's single.json and by what --truth names.
+Prints a table of all searches in the folder and below, judged by the folder's single.json and by what --truth names,
+and one of how the models of mixtures share out the space.
 pooling.png shows these truths, searches.png scores against the last of them, retrain.png what stage 4 expects and has
 found, simulation.png how soon its proposals find the best. Pictures need matplotlib and three resolutions.
 """
@@ -117,6 +118,37 @@ def table(searches, truth):
                 sum(search["seconds"] for search in group))
     cells = [[*key, *map(", ".join, zip(*columns))] for key, columns in rows.items()]
     return markdown(["search", "images", "steps", "chosen", *FIGURES, "seconds"], cells)
+
+
+OWNERS = ["late below middle, points", "largest p", "neighbours with one owner"]
+
+
+def owners(search):
+    """OWNERS of a search: how it sees late pooling, and how the models of a mixture share out the space.
+
+    By how many points, in the mean, configurations with six or more layers before the first pooling score below those
+    with three or four; the mean over the configurations of the largest p(model | configuration); the part of all
+    neighbours, which differ by one layer in one pooling position, that the same model owns. None where there is none.
+    """
+    results = sorted(search["results"], key=lambda r: r["config"])
+    positions = np.cumsum([r["config"] for r in results], axis=1)[:, :-1]
+    score, first = np.array([r["val_acc"] for r in results]), positions[:, 0]
+    late, middle = score[first >= 6], score[(first == 3) | (first == 4)]
+    lag = 100 * (middle.mean() - late.mean()) if len(late) and len(middle) else None
+    if "probabilities" not in search:
+        return [lag, None, None]
+    p, owner = np.array(search["probabilities"]), np.array([r["model"] for r in results])
+    neighbours = np.abs(positions[:, None] - positions).sum(2) == 1
+    return [lag, p.max(1).mean(), (owner[:, None] == owner)[neighbours].mean()]
+
+
+def owners_table(searches):
+    """Markdown lines: `owners` of each setting, its seeds side by side."""
+    rows = []
+    for key, group in by_setting(searches).items():
+        columns = zip(*map(owners, group))
+        rows.append([*key, *("-" if None in column else ", ".join(f"{v:.2f}" for v in column) for column in columns)])
+    return markdown(["search", "images", "steps", *OWNERS], rows)
 
 
 # ---- How soon stage 4 finds the best: its proposals, simulated on a truth that is known -----------------------------
@@ -254,6 +286,7 @@ def main():
         print(f"\nThe searches, judged by {path}:\n", *table(list(searches.values()), truth), sep="\n")
     if not truths:
         print(*table(list(searches.values()), truth), sep="\n")
+    print("", *owners_table(list(searches.values())), sep="\n")
     if space <= set(truth):
         pictures["searches"] = [partial(agreement, search=search, truth=truth, title=p) for p, search in here.items()]
     retrain = files.get(args.folder / "retrain.json", {"results": []})["results"]
