@@ -132,13 +132,13 @@ def owners(search):
     """
     results = sorted(search["results"], key=lambda r: r["config"])
     positions = np.cumsum([r["config"] for r in results], axis=1)[:, :-1]
-    score, first = np.array([r["val_acc"] for r in results]), positions[:, 0]
+    score, first = np.array([(r["val_acc"], r["config"][0]) for r in results]).T
     late, middle = score[first >= 6], score[(first == 3) | (first == 4)]
     lag = 100 * (middle.mean() - late.mean()) if len(late) and len(middle) else None
-    if "probabilities" not in search:
+    neighbours = np.abs(positions[:, None] - positions).sum(2) == 1
+    if "probabilities" not in search or not neighbours.any():
         return [lag, None, None]
     p, owner = np.array(search["probabilities"]), np.array([r["model"] for r in results])
-    neighbours = np.abs(positions[:, None] - positions).sum(2) == 1
     return [lag, p.max(1).mean(), (owner[:, None] == owner)[neighbours].mean()]
 
 
