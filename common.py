@@ -748,7 +748,7 @@ def with_seed(stage, seed):
 
 
 HELD = contextlib.ExitStack()  # what this process holds until it ends
-NOT_SETTINGS = {"data_dir", "out", "device", "config", "trainings", "runs", "max_macs", "propose_only", "stem", "space"}
+NOT_SETTINGS = {"data_dir", "out", "device", "stem", "space"}
 
 
 def earlier_settings(out, name):

@@ -189,7 +189,7 @@ def main():
     space = pooling_configs(args.layers, args.scales)
     data = None
     if not args.propose_only:
-        data, settings = open_stage(args, "retrain", ignore={"seed"})
+        data, settings = open_stage(args, "retrain", {"seed", "trainings", "runs", "max_macs", "propose_only"})
     classes = len(data.classes) if data else 10
     macs = np.array([count_macs(c, 3, classes, args.stem, args.image_size // args.stem) for c in space])
     if macs.min() > args.max_macs:

@@ -17,6 +17,7 @@ Paper: Javan, Toews, Pedersoli, AutoML 2023, arXiv 2306.11982, section 4. Writes
 seed than 0 writes mixture-seed1.json and so on.
 """
 import time
+from argparse import Namespace
 
 import numpy as np
 import torch
@@ -91,9 +92,8 @@ def main():
     if args.shared_epochs >= args.epochs:
         raise UserError(f"--shared-epochs {args.shared_epochs}: must be below the {args.epochs} epochs of the run")
     args.seed += RANK
-    args.exponent = 1.0  # of --sampler cost
     name = with_seed("mixture", args.seed)
-    search(args, *open_stage(args, name, ignore={"limit_test", "all_pairs", "exponent"}), name)
+    search(args, *open_stage(args, name, ignore={"limit_test", "all_pairs"}), name)
 
 
 def search(args, data, settings, name):
@@ -102,7 +102,7 @@ def search(args, data, settings, name):
     device = args.device
     checkpoint = args.out / f"{name}.pt"
     fields = [result_fields(config, data, args) for config in configs]
-    sampler = SAMPLERS[args.sampler](configs, [entry["macs"] for entry in fields], args)
+    sampler = SAMPLERS[args.sampler](configs, [entry["macs"] for entry in fields], Namespace(exponent=1.0))
     training, scoring = halves(data.train, args.seed)
     steps = steps_per_epoch(training, args.batch_size)
     learners = []

@@ -105,7 +105,7 @@ def main():
     configs = []
     for text in args.config:
         configs += named.get(text) or [parse_config(text, args.layers, args.scales)]
-    data, settings = open_stage(args, "single", ignore={"seed"})
+    data, settings = open_stage(args, "single", ignore={"seed", "config"})
     done = finished_runs(args, "single")
     todo = [config for config in dict.fromkeys(configs) if (config, args.seed) not in done]
     todo.sort(key=count_macs, reverse=True)  # the most expensive first: no rank is left with a long tail
