@@ -201,7 +201,7 @@ class Split:
 
 @dataclass
 class Dataset:
-    """A data set: two splits, the names of the classes, and a digest of the files it was read from ("" if none)."""
+    """A data set: two splits, the names of the classes, and a digest of its files' names and sizes ("" if none)."""
     name: str
     train: Split
     test: Split
@@ -603,14 +603,14 @@ class Learner:
     network: takes (x, config); amp: "bf16", "fp16" or "off"; loss: a function like `label_loss`;
     graphs: whether steps are replayed as CUDA graphs, of which there is one for each config."""
 
-    def __init__(self, network, device, amp="off", weight_decay=0.0, momentum=0.9, loss=label_loss, graphs=True):
+    def __init__(self, network, device, amp="off", weight_decay=0.0, loss=label_loss, graphs=True):
         self.network = network.to(device, memory_format=torch.channels_last)
         on_cuda = device.type == "cuda"
         self.lr = torch.zeros((), device=device) if on_cuda else 0.0  # a tensor, so that a graph reads its new value
-        self.optimizer = torch.optim.SGD(network.parameters(), self.lr, momentum, weight_decay=weight_decay,
+        self.optimizer = torch.optim.SGD(network.parameters(), self.lr, momentum=0.9, weight_decay=weight_decay,
                                          fused=True if on_cuda else None)
-        self.momentum = [torch.zeros_like(parameter) for parameter in network.parameters()]
-        for parameter, velocity in zip(network.parameters(), self.momentum):  # here, since fp16 may skip a first step
+        self.velocities = [torch.zeros_like(parameter) for parameter in network.parameters()]
+        for parameter, velocity in zip(network.parameters(), self.velocities):  # here, since fp16 may skip a first step
             self.optimizer.state[parameter]["momentum_buffer"] = velocity
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
         self.step = partial(train_step, network, self.optimizer, self.scaler, amp, loss)
@@ -628,13 +628,13 @@ class Learner:
 
     def state_dict(self):
         """What a checkpoint needs: weights, momentum, loss scale."""
-        return {"network": self.network.state_dict(), "momentum": self.momentum, "scaler": self.scaler.state_dict()}
+        return {"network": self.network.state_dict(), "momentum": self.velocities, "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state):
         """Go on from `state_dict()`, also on another kind of device: values are copied, settings stay those of here."""
         self.network.load_state_dict(state["network"])
         self.scaler.load_state_dict(state["scaler"])
-        for mine, saved in zip(self.momentum, state["momentum"]):
+        for mine, saved in zip(self.velocities, state["momentum"]):
             mine.copy_(saved)
 
 
@@ -769,9 +769,9 @@ def open_stage(args, name, ignore=()):
     if RANK == 0:
         HELD.enter_context(locked(args.out, wait=False))
     earlier = earlier_settings(args.out, name)
-    if args.amp == "auto":
-        args.amp = (earlier or {}).get("amp", "auto")
-    args.amp = gather(pick_amp(args.amp, args.device))[0]  # a measurement, which may differ between ranks
+    kept = gather((earlier or {}).get("amp") if args.amp == "auto" else None)
+    kept = kept[RANK] or next(filter(None, kept), None)  # a rank that begins now does as one that goes on
+    args.amp = pick_amp(kept, args.device) if kept else gather(pick_amp(args.amp, args.device))[0]  # else one measures
     settings = {key: value for key, value in sorted(vars(args).items()) if key not in {*NOT_SETTINGS, *ignore}}
     settings.update(dataset=data.name, data_digest=data.digest)
     differ = {key: f"--{key.replace('_', '-')} ({earlier.get(key)} there, {value} here)"
@@ -913,11 +913,11 @@ def identity(args, digest=None):
 
 def result_fields(config, data, args):
     """The fields of a result that follow from the configuration: itself, multiply-adds, trained parameters."""
-    channels, classes = data.train.pixels.shape[-1], len(data.classes)
-    macs = count_macs(config, channels, classes, args.stem, size=args.image_size // args.stem)
+    network = {"classes": len(data.classes), "stem": args.stem}
     with torch.device("meta"):
-        params = sum(p.numel() for p in ResNet20(channels, classes, args.stem, args.layers).parameters())
-    return {"config": list(config), "macs": macs, "params": params}
+        params = sum(p.numel() for p in ResNet20(**network, layers=args.layers).parameters())
+    return {"config": list(config), "macs": count_macs(config, **network, size=args.image_size // args.stem),
+            "params": params}
 
 
 def write_stage(args, name, data, settings, results, key, counts, seconds, **extra):
@@ -1009,7 +1009,10 @@ def run_main(main):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
         keep_freed_memory()
         return main()
-    except (torch.OutOfMemoryError, MemoryError):
+    except (RuntimeError, MemoryError) as error:
+        on_a_cpu = "can't allocate memory" in str(error)
+        if not on_a_cpu and not isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            raise
         message = "out of memory: lower --batch-size, or choose another --device; the last checkpoint is kept"
     except OSError as error:  # a full disk, a folder without permission
         message = f"{error}; put that right and run the same command again"

@@ -80,6 +80,11 @@ def believe(space, macs, scores, values, runs, noise=0.002):
     return mean / 100, deviation / 100
 
 
+def best_of(values, allowed):
+    """The largest known one of (n,) values that are `allowed`, (n,) bool; 0 where there is none."""
+    return np.nanmax(values, initial=0.0, where=np.isfinite(values) & allowed)
+
+
 def propose(space, macs, scores, values, runs, max_macs=math.inf, count=1):
     """The `count` configurations to train next: a list of (index, why, expected accuracy, deviation, chance).
 
@@ -94,7 +99,7 @@ def propose(space, macs, scores, values, runs, max_macs=math.inf, count=1):
     proposals = []
     default = space.index(default_config(sum(space[0]), len(space[0])))
     expensive = sorted(np.flatnonzero(allowed), key=lambda i: -macs[i])[:max(1, allowed.sum() // 3)]
-    best = np.nanmax(values, initial=0.0, where=np.isfinite(values) & allowed)
+    best = best_of(values, allowed)
     while len(proposals) < count and (todo := allowed & np.isnan(values)).any():
         mean, deviation = believe(space, macs, scores, values, runs)
         if todo[default]:
@@ -136,7 +141,7 @@ def load_scores(args, space, digest=None):
             say(f"{path} is left alone: {error}")
             continue
         say(f"reading the scores of {path}")
-        setting = {**search.get("args", {}), "stage": search["stage"], "seed": None}
+        setting = {**search.get("args", {}), "stage": search["stage"], "seed": None, "amp": None}
         groups.setdefault(json.dumps(setting, sort_keys=True), []).append([scores[config] for config in space])
     if not groups:
         say("no search here: going by positions and cost alone. `python search_supernet.py` costs about as much as one "
@@ -144,19 +149,22 @@ def load_scores(args, space, digest=None):
     return [np.mean(seeds, axis=0) for seeds in groups.values()]
 
 
-def known_runs(args, settings):
-    """The runs of this stage and of single.json that have these settings: {(configuration, seed): run}.
+def known_runs(args, settings, stage):
+    """The runs of "single" or "retrain" that have these settings: {(configuration, seed): run}. Says what others have.
 
     Each has val_acc and test_acc, on the half of the test images that chooses and on the other."""
     runs = {}
-    for stage in ("single", "retrain"):
-        for key, run in finished_runs(args, stage).items():
-            same = all(run["args"].get(name) == value for name, value in settings.items() if name != "seed")
-            if "halves" in run:
-                run["val_acc"], run["test_acc"] = run.pop("halves")
-            if same and "val_acc" in run:
-                runs[key] = {"why": "single.json", **run} if stage == "single" else run
-    return dict(sorted(runs.items()))
+    other = set()
+    for key, run in finished_runs(args, stage).items():
+        differ = {name for name, value in settings.items() if run["args"].get(name) != value}
+        other |= {"images" if name == "data_digest" else f"--{name.replace('_', '-')}" for name in differ}
+        if "halves" in run:
+            run["val_acc"], run["test_acc"] = run.pop("halves")
+        if "val_acc" in run and not differ:
+            runs[key] = {"why": "single.json", **run} if stage == "single" else run
+    if other:
+        say(f"runs of {stage}.json are left alone, for they were trained with other {', '.join(sorted(other))}")
+    return runs
 
 
 def observe(space, runs):
@@ -170,17 +178,18 @@ def print_beliefs(space, macs, scores, runs, max_macs):
     """Print what is expected of every configuration, the best first, and which to train next."""
     values, counts = observe(space, runs)
     mean, deviation = believe(space, macs, scores, values, counts)
-    chance = chance_above(np.nanmax(values, initial=0.0, where=np.isfinite(values)), mean, deviation)
-    print_table(["configuration", "M multiply-adds", "expected", "deviation", "chance to be best", "trained"], [
-        [show(space[i]), f"{macs[i] / 1e6:.1f}", f"{mean[i]:.4f}", f"{deviation[i]:.4f}", f"{chance[i]:.2f}",
-         f"{values[i]:.4f}" if counts[i] else None] for i in np.argsort(-mean)])
+    chance = chance_above(best_of(values, macs <= max_macs), mean, deviation)
+    print_table(["configuration", "M multiply-adds", "expected", "deviation", "trained", "chance to beat the best"], [
+        [show(space[i]), f"{macs[i] / 1e6:.1f}", f"{mean[i]:.4f}", f"{deviation[i]:.4f}",
+         *([f"{values[i]:.4f}", None] if counts[i] else [None, f"{chance[i]:.2f}"])] for i in np.argsort(-mean)])
     proposals = propose(space, macs, scores, values, counts, max_macs)
     say(f"next: {show(space[proposals[0][0]]) if proposals else 'none'}")
 
 
 def main():
     def options(add):
-        add("--trainings", type=int, default=6, help="configurations trained in all, with the default; default 6")
+        add("--trainings", type=int, default=6, help="configurations trained in all, with the default and "
+            "with what is taken over from single.json; default 6")
         add("--runs", type=int, default=3, help="seeds of the best and of the default, from --seed up; default 3")
         add("--max-macs", type=multiply_adds, help="of the most expensive configuration to train, such as 60M")
         add("--propose-only", action="store_true", help="train and write nothing, print what to train next")
@@ -197,7 +206,8 @@ def main():
     scores = gather(load_scores(args, space, data and data.digest))[0]
     if args.propose_only:
         same = {"image_size": args.image_size, "dataset": identity(args)["dataset"]}
-        runs = known_runs(args, {**(earlier_settings(args.out, "retrain") or {}), **same})
+        settings = {**(earlier_settings(args.out, "retrain") or {}), **same}
+        runs = {**known_runs(args, settings, "single"), **known_runs(args, settings, "retrain")}
         print_beliefs(space, macs, scores, runs, args.max_macs)
     else:
         train_best(args, data, settings, space, macs, scores)
@@ -218,35 +228,36 @@ def train_best(args, data, settings, space, macs, scores):
     """From the scores to retrain.json."""
     default = default_config(args.layers, args.scales)
     folder = args.out / "retrain"
-    runs = known_runs(args, settings)
+    taken = known_runs(args, settings, "single")
+    trainings = args.trainings - len({config for config, _ in taken})
+    runs = {**taken, **known_runs(args, settings, "retrain")}
 
     # ---- rounds of proposals, one for each process -------------------------------------------------------------------
     while True:
-        first, last = next_round(runs, args.trainings)
+        first, last = next_round(runs, trainings)
         before = {key: run for key, run in runs.items() if run.get("order", 0) < first}
         proposals = propose(space, macs, scores, *observe(space, before), args.max_macs, count=last - first + 1)
         proposals = gather(proposals)[0]  # the same on every machine, whatever its arithmetic
-        if not proposals:
-            break
-        mine = []
+        todo = []
         last = first + len(proposals) - 1
         for number, (index, why, mean, deviation, chance) in enumerate(proposals, first):
             if not any(run.get("order") == number for run in runs.values()):
-                mine.append((number, space[index], why))
-                text = f"training {number} of {args.trainings}: {show(space[index])}, {why}"
+                todo.append((number, space[index], why))
+                text = f"training {number} of {trainings}: {show(space[index])}, {why}"
                 if before:
                     text += f"; expected {mean:.4f} +- {deviation:.4f}, chance to beat the best so far {chance:.2f}"
                 say(text)
-        for number, config, why in mine[RANK::WORLD]:
+        if not todo:  # enough, or all that --max-macs allows, also where a round was stopped that began with another
+            break
+        for number, config, why in todo[RANK::WORLD]:
             train_network(config, args.seed, data, args, settings, folder, why=why, order=number, round=[first, last])
-        runs = known_runs(args, settings)
+        runs = {**taken, **known_runs(args, settings, "retrain")}
 
     # ---- the choice, once, by the first seeds; then further seeds, which only measure it -----------------------------
     allowed = [config for config, cost in zip(space, macs) if cost <= args.max_macs]
     first_seeds = {}
-    for (config, _), run in runs.items():
-        if "why" in run:  # a further seed has no reason of its own
-            first_seeds.setdefault(config, run)
+    for (config, _), run in sorted(runs.items(), key=lambda item: ("why" not in item[1], item[0])):
+        first_seeds.setdefault(config, run)  # a further seed, which has no reason of its own, where there is no other
     best = max((config for config in first_seeds if config in allowed), default=None,
                key=lambda config: first_seeds[config]["val_acc"])
     if best is None:
@@ -256,25 +267,26 @@ def train_best(args, data, settings, space, macs, scores):
     for config, seed in missing[RANK::WORLD]:
         say(f"another seed of {show(config)}, {'the best' if config == best else 'the default'}", every_rank=True)
         train_network(config, seed, data, args, settings, folder)
-    runs = known_runs(args, settings)
+    runs = dict(sorted({**taken, **known_runs(args, settings, "retrain")}.items()))
 
     # ---- report -----------------------------------------------------------------------------------------------------
     results = []
     for config, entry in summarise(runs).items():
         if config in allowed or config == default:
-            first = first_seeds.get(config, entry["runs"][0])  # the default may have come as a further seed only
+            first = first_seeds.get(config, entry["runs"][0])  # the default may have come as a further seed just now
             results.append({**result_fields(config, data, args), "val_acc": first["val_acc"], **entry,
                             "why": first.get("why"), "order": first.get("order")})
+    front = pareto(results, "test_acc")
     if RANK == 0:
         chose = len(data.test) // 2
         counts = len(data.train), chose, len(data.test) - chose
         write_stage(args, "retrain", data, settings, results, "val_acc", counts,
                     seconds=sum(run["seconds"] for run in runs.values()),
                     history=[entry for run in runs.values() for entry in run["history"]],
-                    best=next(r for r in results if r["config"] == list(best)))
+                    best=next(r for r in results if r["config"] == list(best)),
+                    pareto=[r["config"] for r in front])
     by_config = {tuple(r["config"]): r for r in results}
     base = by_config.get(default)
-    front = pareto(results, "test_acc")
     rows = []
     for r in sorted(results, key=lambda r: -r["val_acc"]):
         rows.append([show(r["config"]), r["why"], r["order"], f"{r['macs'] / 1e6:.1f}", f"{r['val_acc']:.4f}",

@@ -17,7 +17,6 @@ Paper: Javan, Toews, Pedersoli, AutoML 2023, arXiv 2306.11982, section 4. Writes
 seed than 0 writes mixture-seed1.json and so on.
 """
 import time
-from argparse import Namespace
 
 import numpy as np
 import torch
@@ -102,13 +101,13 @@ def search(args, data, settings, name):
     device = args.device
     checkpoint = args.out / f"{name}.pt"
     fields = [result_fields(config, data, args) for config in configs]
-    sampler = SAMPLERS[args.sampler](configs, [entry["macs"] for entry in fields], Namespace(exponent=1.0))
+    sampler = SAMPLERS[args.sampler](configs, [entry["macs"] for entry in fields])
     training, scoring = halves(data.train, args.seed)
     steps = steps_per_epoch(training, args.batch_size)
     learners = []
     for m in range(args.models):
         torch.manual_seed(derive_seed("weights", args.seed, m))
-        network = ResNet20(data.train.pixels.shape[-1], len(data.classes), args.stem, args.layers, norm="shared")
+        network = ResNet20(classes=len(data.classes), stem=args.stem, layers=args.layers, norm="shared")
         learners.append(Learner(network, device, args.amp, args.weight_decay))
     assignment = Assignment(len(configs), args.models)
     history = []
@@ -182,7 +181,7 @@ def search(args, data, settings, name):
     print_results(results, "val_acc", default_config(args.layers, args.scales))
     naive = args.out / "supernet.json"
     if naive.exists():
-        print_rank(naive.name, load_json(naive).get("rank"))
+        print_rank(naive.name, judge(args, load_json(naive, "val_acc")["results"], identity(args, data.digest)))
     print_rank(f"{name}.json", rank)
     say(f"wrote {args.out / name}.json", every_rank=True)
 

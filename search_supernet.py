@@ -92,10 +92,10 @@ class TreeSearch:
     tree: "flat", all configurations below the root: Boltzmann sampling with explore 0 (a baseline of the paper).
     "cuts", a level for each pooling position: Monte-Carlo tree search (another; its constants are not published).
     "rank", halves of halves of the configurations in the order of their scores (`replant`; uniform draws until then):
-    "Iterative MCTS" (AutoML 2025). Each of the three costs 1.33 uniform steps, for the scoring.
+    "Iterative MCTS" (AutoML 2025). Scoring makes a step cost 1.33 uniform ones, and with what they draw 1.3 to 1.9.
     reward "loss" and `shared`: after MCT-NAS (Su et al., CVPR 2021, arXiv 2103.11922): the reward is the running mean
     of all losses over this one; G is its running mean over all nodes with the same cut (node communication). No code
-    of it is public: the constants are ours. It costs 1.0."""
+    of it is public: the constants are ours. With what it draws a step costs 1.2."""
 
     def __init__(self, configs, tree, reward="val_acc", explore=1.0, shared=0.0, temperatures=(0.7, 0.01), uniform=0.0):
         self.cuts = np.cumsum(configs, 1)[:, :-1].tolist()
@@ -161,7 +161,7 @@ class TreeSearch:
             if self.reward == "loss":
                 mean = self.state["mean_loss"]
                 self.state["mean_loss"] = reward if mean is None else 0.95 * mean + 0.05 * reward
-                reward = self.state["mean_loss"] / reward
+                reward = self.state["mean_loss"] / max(reward, 1e-9)
             for level, node in enumerate(self.path(leaf)):
                 average(self.state["means"], node, reward)
                 if self.shared:
@@ -216,16 +216,16 @@ class Prioritized:
                 score[worst] = None
 
 
-SAMPLERS = {  # name: what makes it, from the configurations, their multiply-adds and the options
-    "uniform": lambda configs, macs, args: Proportional(macs, 0.0),
-    "cost": lambda configs, macs, args: Proportional(macs, args.exponent),
-    "fair": lambda configs, macs, args: Proportional(np.exp(exposure(configs)), -3.0),
-    "boltzmann": lambda configs, macs, args: TreeSearch(configs, "flat", explore=0.0),
-    "mcts": lambda configs, macs, args: TreeSearch(configs, "cuts"),
-    "tree": lambda configs, macs, args: TreeSearch(configs, "rank", uniform=1.0),
-    "mct-nas": lambda configs, macs, args: TreeSearch(configs, "cuts", "loss", explore=0.05, shared=0.2,
-                                                      temperatures=(0.025, 0.025), uniform=0.5),
-    "prioritized": lambda configs, macs, args: Prioritized(macs, args.pools, args.pool_size)}
+SAMPLERS = {  # name: what makes it, from the configurations, their multiply-adds, and options of which each has its own
+    "uniform": lambda configs, macs, **_: Proportional(macs, 0.0),
+    "cost": lambda configs, macs, exponent=1.0, **_: Proportional(macs, exponent),
+    "fair": lambda configs, macs, **_: Proportional(np.exp(exposure(configs)), -3.0),
+    "boltzmann": lambda configs, macs, **_: TreeSearch(configs, "flat", explore=0.0),
+    "mcts": lambda configs, macs, **_: TreeSearch(configs, "cuts"),
+    "tree": lambda configs, macs, **_: TreeSearch(configs, "rank", uniform=1.0),
+    "mct-nas": lambda configs, macs, **_: TreeSearch(configs, "cuts", "loss", explore=0.05, shared=0.2,
+                                                     temperatures=(0.025, 0.025), uniform=0.5),
+    "prioritized": lambda configs, macs, pools=6, pool_size=3, **_: Prioritized(macs, pools, pool_size)}
 
 
 # ---- Losses: what paths learn from; each is like `label_loss`, but for several configurations ------------------------
@@ -325,7 +325,7 @@ def extract_network(weights, config, feed, classes=10, channels=3, stem=1):
             own[name] = value
         elif int(copied[3]) == resolutions[int(copied[2])]:
             own[copied[1] + copied[4]] = value
-    net = ResNet20(channels, classes, stem, sum(config), "own")
+    net = ResNet20(channels, classes, stem, sum(config))
     norms = {name: module for name, module in net.named_modules() if isinstance(module, nn.BatchNorm2d)}
     try:
         missing, unknown = net.load_state_dict(own, strict=False)
@@ -356,11 +356,13 @@ def main():
             "but sandwich for --sampler prioritized")
         add("--split-at", type=float, default=1.0, help="part of the run, 0 to 1, after which each layer has weights "
             "of its own for each resolution; default 1, never")
-        add("--pools", type=int, default=6, help="classes of multiply-adds, rows of the budget table; default 6")
+        add("--pools", type=int, help="classes of multiply-adds, rows of the budget table; default 6, at most "
+            "one for each configuration")
         add("--pool-size", type=int, default=3, help="configurations that a prioritised pool keeps; default 3")
     args = parse(__doc__, options, synthetic_epochs=24)
     if args.teach == "cross-path" and args.split_at < 1:
         raise UserError("--teach cross-path: its teacher cannot be split, leave out --split-at")
+    args.pools = args.pools or min(6, args.space["size"])
     if args.pools > args.space["size"]:
         raise UserError(f"--pools {args.pools} is more than the {args.space['size']} configurations: lower it")
     args.seed += RANK
@@ -381,18 +383,20 @@ def search(args, data, settings, name):
     macs = np.array([entry["macs"] for entry in fields])
     training, scoring = halves(data.train, args.seed)
     steps = steps_per_epoch(training, args.batch_size)
-    sampler = SAMPLERS[args.sampler](configs, macs, args)
+    sampler = SAMPLERS[args.sampler](configs, macs, exponent=args.exponent, pools=args.pools, pool_size=args.pool_size)
     split_epoch = round(args.split_at * args.epochs)
     new_tree = range(round(0.4 * args.epochs), args.epochs, max(1, args.epochs // 10))  # epochs that begin with one
     history = []
     counts = [0] * len(configs)
     state = load_checkpoint(checkpoint)
     torch.manual_seed(derive_seed("weights", args.seed))
-    network = ResNet20(data.train.pixels.shape[-1], len(data.classes), args.stem, args.layers, norm="shared").to(device)
+    network = ResNet20(classes=len(data.classes), stem=args.stem, layers=args.layers, norm="shared").to(device)
     if args.teach == "cross-path":
-        loss = CrossPathLoss(network, args.epochs * steps)
+        loss, paths_of = CrossPathLoss(network, args.epochs * steps), lambda i, rng: [i, partner(i, configs, rng)]
+    elif args.teach == "sandwich":
+        loss, paths_of = sandwich_loss, lambda i, rng: [int(macs.argmax()), int(macs.argmin()), i]
     else:
-        loss = sandwich_loss if args.teach == "sandwich" else label_loss
+        loss, paths_of = label_loss, lambda i, rng: [i]
     make_learner = partial(Learner, device=device, amp=args.amp, weight_decay=args.weight_decay, loss=loss,
                            graphs=args.teach != "cross-path")  # of its pairs there are too many for graphs
     if state and len(state["history"]) > split_epoch:
@@ -426,11 +430,7 @@ def search(args, data, settings, name):
             drawn = sampler.draw(len(block), progress, rng)
             for step, choice, (x, y) in zip(block, drawn, train_batches):
                 lr = cosine_lr(epoch * steps + step, args.epochs * steps, args.lr, args.warm_up)
-                trained = [choice]
-                if args.teach == "sandwich":
-                    trained = [macs.argmax(), macs.argmin(), choice]
-                elif args.teach == "cross-path":
-                    trained = [choice, partner(choice, configs, rng)]
+                trained = paths_of(choice, rng)
                 paths = tuple(configs[i] for i in trained)
                 log[step, :2] = learner.train(x, y, paths if len(paths) > 1 else paths[0], lr)
                 if sampler.reward == "val_acc":
@@ -438,8 +438,9 @@ def search(args, data, settings, name):
                 for i in trained:
                     counts[i] += 1
             if sampler.reward:
-                column = {"loss": 0, "val_acc": 2}[sampler.reward]
-                sampler.update(drawn, log[block.start:block.stop, column].tolist())
+                rewards = log[block.start:block.stop, {"loss": 0, "val_acc": 2}[sampler.reward]].tolist()
+                if math.isfinite(sum(rewards)):  # else the run has failed, which the end of the epoch says
+                    sampler.update(drawn, rewards)
         mean_loss, accuracy, _ = log.mean(0).tolist()
         label = f"seed {args.seed}  " if WORLD > 1 else ""
         history.append(log_epoch(epoch, args, {"loss": mean_loss, "train_acc": accuracy}, began, steps, label))
@@ -456,7 +457,6 @@ def search(args, data, settings, name):
 
     # ---- one network for each budget ---------------------------------------------------------------------------------
     budgets = []
-    channels = data.train.pixels.shape[-1]
     feed = training_batches(training, args.batch_size, device, derive_seed("calibration", args.seed))
     feed = list(itertools.islice(feed, 8))
     for number, members in enumerate(np.array_split(np.argsort(macs, kind="stable"), args.pools)):
@@ -464,7 +464,7 @@ def search(args, data, settings, name):
         if args.sampler == "prioritized":
             members = sampler.state["members"][number] or members
         best = max((results[i] for i in members), key=lambda r: r["val_acc"])
-        single = extract_network(network.state_dict(), best["config"], feed, len(data.classes), channels, args.stem)
+        single = extract_network(network.state_dict(), best["config"], feed, len(data.classes), stem=args.stem)
         score = partial(score_step, single, args.amp)
         image = feed[0][0][:1]
         with torch.no_grad():

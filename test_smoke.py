@@ -50,7 +50,7 @@ COSTS = np.array([count_macs(config) for config in SPACE])
 TINY = ["--dataset", "synthetic", "--layers", "4", "--scales", "2", "--limit-train", "96", "--limit-test", "40",
         "--batch-size", "16", "--epochs", "2", "--amp", "off", "--device", "cpu"]  # [1,3], [2,2] and [3,1]
 STAGES = {"single": ["train_single.py", *TINY, "--config", "all"],
-          "supernet": ["search_supernet.py", *TINY, "--pools", "3"],
+          "supernet": ["search_supernet.py", *TINY],
           "mixture": ["search_mixture.py", *TINY, "--models", "2"],
           "retrain": ["retrain.py", *TINY, "--trainings", "2", "--runs", "2"]}
 CHEAPEST = ["--max-macs", count_macs((1, 3), size=16)]
@@ -194,7 +194,7 @@ def test_draws_in_proportion_and_towards_rewards_exposure_against_a_count_and_pa
     np.testing.assert_allclose(exposure(SPACE), fed)
     rng, rewards = np.random.default_rng(0), np.array([0.1, 0.2, 0.3])
     for name, weights in (("uniform", COSTS ** 0), ("cost", COSTS ** 0.5), ("fair", np.exp(fed) ** -3)):
-        assert agrees(SAMPLERS[name](SPACE, COSTS, Namespace(exponent=0.5)).draw(40_000, 0.5, rng), weights)
+        assert agrees(SAMPLERS[name](SPACE, COSTS, exponent=0.5).draw(40_000, 0.5, rng), weights)
     even, flat = TreeSearch(SPACE, "cuts", explore=0.0), TreeSearch(SPACE[:3], "flat", explore=0.0, uniform=0.1)
     for _ in range(30):
         even.update(even.draw(36, 0.0, rng), [0.5] * 36)
@@ -211,7 +211,7 @@ def test_draws_in_proportion_and_towards_rewards_exposure_against_a_count_and_pa
 def test_tree_samplers_against_the_list_of_all_that_was_drawn(name, explore, shared):
     def running(values, keep=0.9):
         return list(itertools.accumulate(values, lambda mean, value: keep * mean + (1 - keep) * value))
-    sampler, rng, seen, told = SAMPLERS[name](pooling_configs(5, 3), None, None), np.random.default_rng(0), [], []
+    sampler, rng, seen, told = SAMPLERS[name](pooling_configs(5, 3), None), np.random.default_rng(0), [], []
     cuts = [(1, 2), (1, 3), (1, 4), (2, 3), (2, 4), (3, None)]  # [3,1,1] has no sibling at its second cut
     if name == "tree":
         sampler.replant([0.3, 0.1, 0.5, 0.2, 0.6, 0.4])
@@ -334,7 +334,7 @@ def test_seeds_of_a_search_are_averaged_and_what_is_none_of_ours_is_named(capsys
         made_up_search("x", number, **other)
     Path("x/5.json").write_text("[1]"), Path("x/6.json").write_text("{")
     for name, scores in (("a", (0.1, 0.2, 0.3)), ("a-seed1", (0.3, 0.2, 0.5)), ("b", (0.7, 0.8, 0.9))):
-        made_up_search("x", name, scores, args={"models": name[0], "seed": int(name == "a-seed1")})
+        made_up_search("x", name, scores, args={"models": name[0], "seed": len(name), "amp": name})
     args = Namespace(**dict(strict("x/a.json"), out=Path("x")))
     np.testing.assert_allclose(load_scores(args, pooling_configs(4, 2), ""), [[0.2, 0.2, 0.4], [0.7, 0.8, 0.9]])
     lines = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
@@ -441,6 +441,7 @@ def test_the_four_stages(whole, monkeypatch):
                                   "args env seconds classes results best default pareto history".split())
         assert data["best"] == max(data["results"], key=lambda r: r["test_acc" if stage == "single" else "val_acc"])
     assert whole["retrain"][0]["default"]["runs"][0]["test_acc"] == alone[2, 2, 0]["halves"][1]  # the same network
+    assert "| mixture, M = 2 |" in run("results/report.py", "runs/synthetic")[0]  # no pictures of two resolutions
 
 
 def test_propose_only_writes_nothing_and_a_budget_is_kept_by_the_cost_of_the_network_here():
@@ -453,15 +454,22 @@ def test_propose_only_writes_nothing_and_a_budget_is_kept_by_the_cost_of_the_net
     run("train_single.py", *TINY, "--config", "2,2", "3,1")
     assert what_is_next() == "next: [1,3]"
     assert what_is_next("--image-size", "32") == "next: [2,2]"  # what is known of other images does not count
-    run("retrain.py", *TINY, *CHEAPEST, "--runs", "2")  # no more of what is known and too expensive
+    out, _ = run("retrain.py", *TINY, *CHEAPEST, "--runs", "2")  # no more of what is known and too expensive
+    assert "training 1 of 4: [1,3]" in out  # six in all, of which two were taken over
     assert {path.stem for path in Path("runs/synthetic/retrain").glob("*.json")} == {"1-3-seed0", "1-3-seed1"}
     assert what_is_next() == "next: none"
     Path("old").mkdir(), save_json("old/retrain.json", {"args": {}, "history": [], "results": [
         {"config": [2, 2], "runs": [{"seed": 0, "test_acc": 0.5, "order": 1}]}]})
     finish(start("retrain.py", *TINY, "--propose-only", "--out", "old"), code=None)  # an earlier version: no traceback
-    for limit in (["--max-macs", "5.5M"], []):  # then the default comes as a further seed only
-        run("retrain.py", *TINY, "--trainings", "1", "--runs", "1", "--out", "new", *limit)
+    words = ["retrain.py", *TINY, "--trainings", "1", "--runs", "1", "--out", "new"]
+    for limit in (CHEAPEST, []):  # then the default comes as a further seed only
+        run(*words, *limit)
     assert strict("new/retrain.json")["default"]["why"] is None
+    for name, change in (("2-2", {"halves": [1.0, 1.0]}), ("1-3", {"round": [1, 2]})):  # the best; of a stopped round
+        save_json(f"new/retrain/{name}-seed0.json", {**strict(f"new/retrain/{name}-seed0.json"), **change})
+    run(*words)
+    assert strict("new/retrain.json")["best"]["config"] == [2, 2]
+    assert "training 2" not in run(*words, *CHEAPEST, "--trainings", "3")[0]  # none is left for the rest of that round
 
 
 def test_half_of_the_images_by_the_first_seeds_chooses_once_and_the_other_by_all_seeds_is_reported():
@@ -572,10 +580,11 @@ def test_other_settings_are_refused_and_names_that_are_no_text_a_closed_pipe_and
     before, err = files("x"), refused(*words, "--lr", "0.2", "--weight-decay", "0.1")
     assert "--lr (0.1 there, 0.2 here)" in err and "--weight-decay" in err and "--epochs" not in err
     assert "choose another --out, or delete the folder" in err and files("x") == before
-    err = refused(*words, "--lr", "1e38", "--out", made_up_search("y"))
+    adapts = ["--sampler", "prioritized", "--batch-size", "1"] * (stage == "supernet")  # by losses
+    err = refused(*words, "--lr", "1e38", "--out", made_up_search("y"), *adapts)
     assert "not finite in epoch" in err and "--lr" in err and not Path(f"y/{stage}.json").exists()
     name, classes = os.fsdecode(b"p\xe4ts"), ("cat", os.fsdecode(b"h\xfcnd"))
-    deepest = ["--layers", "6", "--scales", "6", *["--pools", "1"] * (stage == "supernet")]
+    deepest = ["--layers", "6", "--scales", "6"]
     run(*STAGES[stage], "--dataset", folder(name, classes), "--batch-size", "4", *deepest, prepare=nobody_reads)
     data = strict(f"runs/{name}/{stage}.json")
     assert (data["dataset"], data["classes"], data["best"]["config"]) == ("p\ufffdts", ["cat", "h\ufffdnd"], [1] * 6)
@@ -591,13 +600,13 @@ def test_the_same_images_elsewhere_go_on_and_others_of_the_same_name_are_not_mis
     assert "[2,2] goes on after epoch 4" in run("train_single.py", *words, "pets")[0]
     run("train_single.py", *words, "pets", "--out", "whole")
     assert timeless(Path("x/single.json")) == timeless(Path("whole/single.json"))
-    run("search_supernet.py", *words, "pets", "--pools", "3")
+    run("search_supernet.py", *words, "pets")
     other = folder("other/pets", size=(41, 30))
-    err = refused("search_supernet.py", *words, other, "--pools", "3")
+    err = refused("search_supernet.py", *words, other)
     assert "other settings" in err and "--data-digest" not in err, err  # which is no option
     out, _ = run("retrain.py", *words, other, "--trainings", "1", "--runs", "1")
     assert "x/supernet.json is left alone" in out and "by positions and cost alone" in out
-    assert "training 1 of 1: [2,2], default" in out  # which single.json knows by other images
+    assert "left alone, for they were trained with other images" in out and "training 1 of 1: [2,2], default" in out
     assert "not judged: x/single.json" in run("search_mixture.py", *words, other)[0]
 
 
@@ -625,6 +634,11 @@ def test_a_run_keeps_its_precision_and_its_folder_and_says_what_is_damaged_or_ca
         assert "goes on" in run(*words, prepare=failing("timeit.repeat", AssertionError("measured")))[0]
         assert strict("runs/synthetic/mixture.json")["env"]["amp"] == "bf16"
     assert "--amp (bf16 there, off here)" in refused(*words, "--amp", "off")
+    stop(*words, "--out", "two", "--seed", "1", "--amp", "bf16")
+    run_two_ranks(*words, "--out", "two", prepare=[failing("timeit.repeat", AssertionError("measured"))] * 2)
+    assert {strict(path)["env"]["amp"] for path in Path("two").glob("*.json")} == {"bf16"}
+    full = failing("common.train_step", RuntimeError("DefaultCPUAllocator: can't allocate memory"))
+    assert "out of memory" in refused(*words, "--out", "full", "--amp", "off", prepare=full)
     monkeypatch.setattr("timeit.repeat", lambda *words, **options: [1])
     run("retrain.py", *words[1:-2], "--trainings", "1", "--out", made_up_search("x", args={"amp": "int8"}))
     assert strict("x/retrain.json")["env"]["amp"] == "off"
@@ -682,6 +696,9 @@ def test_the_report_and_in_it_a_right_search_finds_the_best_soon_and_exposure_is
     out, _ = run("results/report.py", "x", "--truth", RESULTS / PUBLISHED)
     assert out.count("| 50000 | 19500 | [3,3,4] | 0.42 ") == 2
     assert out.endswith("pip install matplotlib\n") or {"x/pooling.png", "x/searches.png"} <= files("x").keys()
+    Path("alone").mkdir(), shutil.copy(RESULTS / "synthetic/retrain.json", "alone")  # stage 4 without any search
+    out, _ = run("results/report.py", "alone")
+    assert out.endswith("pip install matplotlib\n") or "alone/retrain.png" in files("alone")
     truth = {(a, b, c): 0.9 - 0.002 * ((a - 6) ** 2 + (b - 2) ** 2) for a, b, c in SPACE}
     right, four, chance = (report.simulate(truth, [truth], rule, trainings=6, draws=5, noise=0, at_once=at_once)
                            for rule, at_once in (("process", 1), ("process", 4), ("in random order", 1)))
@@ -689,7 +706,7 @@ def test_the_report_and_in_it_a_right_search_finds_the_best_soon_and_exposure_is
         assert regrets.shape == (5, 6) and regrets[:, 5].mean() < chance[:, 5].mean() and (np.diff(regrets) <= 0).all()
     results = [{"config": list(c), "macs": COSTS[i], "val_acc": math.cos(i)} for i, c in enumerate(SPACE)]
     known = [i for i, c in enumerate(SPACE) if c[0] != 4]
-    figures = report.judge(results, {SPACE[i]: truth[SPACE[i]] for i in known})
+    figures = report.figures_of(results, {SPACE[i]: truth[SPACE[i]] for i in known})
     assert figures[1] == pytest.approx(kendall_tau(np.cos(known), exposure(SPACE)[known]))
     mixture = strict(RESULTS / "cifar10-jpeg/mixture.json")
     score, owner = ({tuple(r["config"]): r[key] for r in mixture["results"]} for key in ("val_acc", "model"))
@@ -717,8 +734,9 @@ def test_every_way_is_compared_and_no_run_is_repeated():
             out, seed = (command[command.index(name) + 1] for name in ("--out", "--seed"))
             results = [{"config": list(c), "macs": int(cost), "val_acc": truth[c] if "cost" in command else -truth[c],
                         "steps": 1 + ("cost" in command)} for c, cost in zip(SPACE, COSTS)]
-            save_json(Path(out, "supernet.json"), {"stage": "supernet", "args": {"seed": int(seed), "batch_size": 100},
-                                                   "n_train": 900, "history": [{}] * 4, "results": results})
+            settings = {"seed": int(seed), "batch_size": 100, "amp": "off"}
+            save_json(Path(out, "supernet.json"), {"stage": "supernet", "args": settings, "n_train": 900,
+                                                   "history": [{}] * 4, "results": results})
             return Namespace(returncode=0)
         importlib.import_module("subprocess").run = search
     words = ["results/compare.py", "--truth", RESULTS / "synthetic/single.json", "--ways", "uniform", "cost", "--seeds",
@@ -730,7 +748,7 @@ def test_every_way_is_compared_and_no_run_is_repeated():
         "uniform-epochs10", "cost-epochs10", "cost-epochs5"}
     again, _ = run(*words, prepare=failing("subprocess.run", AssertionError("run again")))
     table = [[line for line in text.splitlines() if line.startswith("|")] for text in (out, again)]
-    assert table[0] == table[1]
+    assert table[0] == table[1] and "name that with --amp" in refused(*words[:-1], "bf16")
 
 
 @pytest.mark.parametrize("layers, scales", [(10, 3), (7, 4), (5, 1), (3, 3)])
@@ -816,7 +834,7 @@ def test_a_step_is_plain_sgd_and_a_learner_goes_on_from_its_state():
     net, twin, again = (ResNet20(classes=4, layers=4).double() for _ in range(3))
     x, y = torch.randn(8, 3, 32, 32, dtype=torch.float64), torch.arange(8) % 4
     twin.load_state_dict(net.state_dict())
-    learner, later = (Learner(each, CPU, momentum=0.9, weight_decay=0.01) for each in (net, again))
+    learner, later = (Learner(each, CPU, weight_decay=0.01) for each in (net, again))
     velocity = [torch.zeros_like(p) for p in twin.parameters()]
     for lr in (0.1, 0.05):
         logits = twin(x, (2, 2))

@@ -32,7 +32,7 @@ def train_network(config, seed, data, args, settings, folder, **notes):
     folder.mkdir(exist_ok=True)
     path = folder / f"{'-'.join(map(str, config))}-seed{seed}"
     torch.manual_seed(derive_seed("weights", seed, *config))
-    network = ResNet20(data.train.pixels.shape[-1], len(data.classes), args.stem, args.layers)
+    network = ResNet20(classes=len(data.classes), stem=args.stem, layers=args.layers)
     learner = Learner(network, args.device, args.amp, args.weight_decay)
     steps = steps_per_epoch(data.train, args.batch_size)
     history = []

@@ -7,7 +7,7 @@
 
 Runs the scripts as a user does, one thread each, as many at a time as there are cores. Every run is a folder in --out
 and is not repeated; one that was stopped goes on. First all at equal steps, then all at equal multiply-adds. The truth
-is the accuracy of each configuration trained alone: a single.json.
+is the accuracy of each configuration trained alone: a single.json. All ways together are kept as compare.json in --out.
 """
 import os
 import subprocess
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from common import Parser, UserError, kendall_tau, load_json, pick_amp, pick_device, run_main, save_json, say
-from results.report import judge, markdown, simulate
+from results.report import figures_of, markdown, simulate
 
 WAYS = {  # name: (options, forward passes beside those of training, for each path trained)
     "uniform": ("", 0), "cost": ("--sampler cost", 0), "cost to the power 0.5": ("--sampler cost --exponent 0.5", 0),
@@ -41,7 +41,9 @@ def figures(search, forwards, truth):
     trained; regret, in points, of its choice, and of stage 4 after 4 and 6 trainings (mean of simulations);
     multiply-adds of a step against those of a uniform one."""
     macs, steps, score = (np.array([r[key] for r in search["results"]]) for key in ("macs", "steps", "val_acc"))
-    tau, with_exposure, *_, regret = judge(search["results"], truth)
+    tau, with_exposure, *_, regret = figures_of(search["results"], truth)
+    if tau is None:
+        raise UserError("--truth knows fewer than half of the configurations: name another, or --dataset")
     scores = {tuple(r["config"]): r["val_acc"] for r in search["results"]}
     stage_4 = simulate(truth, [scores], trainings=6, draws=10).mean(0)
     taken = len(search["history"]) * (search["n_train"] // search["args"]["batch_size"])
@@ -97,7 +99,10 @@ def main():
                 ended = subprocess.run(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
             if ended.returncode:
                 raise UserError(f"a search ended with code {ended.returncode}: see {folder / 'log.txt'}")
-        return load_json(folder / f"{name}.json", "val_acc")
+        search = load_json(folder / f"{name}.json", "val_acc")
+        if search["args"]["amp"] != amp:
+            raise UserError(f"{folder} holds a run in {search['args']['amp']}, not {amp}: name that with --amp")
+        return search
 
     def compare(title, epochs):
         """Run each way of {way: epochs}, all seeds, and print the table: {way: figures, (seeds, 7)}."""
@@ -112,16 +117,17 @@ def main():
                     say(f"{title}: {number} of {len(jobs)} done, {job[0]}, seed {job[1]}; {minutes:.0f} min, "
                         f"{minutes / number * (len(jobs) - number):.0f} left")
         found = {way: values for way, values in found.items() if values}
-        print("", *markdown([title, "seeds", "epochs", *FIGURES, "tau above uniform's"], [
-            [way, len(found[way]), epochs[way], *row] for way, row in rows(found).items()]), "", sep="\n")
+        say("\n".join(["", *markdown([title, "seeds", "epochs", *FIGURES, "tau above uniform's"], [
+            [way, len(found[way]), epochs[way], *row] for way, row in rows(found).items()]), ""]))
         return {way: np.round(values, 6).tolist() for way, values in found.items()}
 
     equal_steps = compare("equal steps", {way: args.epochs * (4 if "4 x" in way else 1) for way in args.ways})
     equal_cost = compare("equal multiply-adds", {way: max(1, round(args.epochs / np.mean(values, axis=0)[6]))
                                                  for way, values in equal_steps.items() if "4 x" not in way})
-    save_json(out / "compare.json", {
-        "schema": 1, "stage": "compare", "dataset": args.dataset, "truth": str(args.truth), "epochs": args.epochs,
-        "amp": amp, "figures": FIGURES, "equal_steps": equal_steps, "equal_cost": equal_cost})
+    if args.ways == list(WAYS) and not args.so_far:
+        save_json(out / "compare.json", {
+            "schema": 1, "stage": "compare", "dataset": args.dataset, "truth": str(args.truth), "epochs": args.epochs,
+            "amp": amp, "figures": FIGURES, "equal_steps": equal_steps, "equal_cost": equal_cost})
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from common import (Parser, UserError, count_macs, default_config, kendall_tau, load_json, pareto, pooling_configs,
-                    run_main, show)
+                    run_main, say, show)
 from retrain import believe, propose
 from search_supernet import exposure
 
@@ -56,7 +56,7 @@ def by_setting(searches):
 FIGURES = ["tau", "tau with exposure", "tau with cost", "within a model", "fitted line", "regret"]
 
 
-def judge(results, truth):
+def figures_of(results, truth):
     """FIGURES of a search's results by the truth {configuration: accuracy}; None where too few are known.
 
     Tau of the scores with the truth, with `exposure` and with multiply-adds; tau with the truth of each model over what
@@ -107,7 +107,7 @@ def table(searches, truth):
 
     def add(words, results, seconds):
         chosen = show(max(results, key=lambda r: r["val_acc"])["config"])
-        figures = ["-" if figure is None else f"{figure:.2f}" for figure in judge(results, truth)]
+        figures = ["-" if figure is None else f"{figure:.2f}" for figure in figures_of(results, truth)]
         rows.setdefault(words, []).append([chosen, *figures, f"{seconds:.0f}"])
     for (words, images, steps), group in {**by_setting(searches), **alone}.items():
         for search in group:
@@ -174,9 +174,11 @@ def simulate(truth, searches, rule="process", trainings=10, draws=50, noise=0.00
         scores = [] if rule == "process without scores" else [score]
         while len(order) < trainings:
             count = min(at_once, trainings - len(order))
-            chosen = [i for i, *_ in propose(space, macs, scores, values, np.isfinite(values).astype(int), count=count)]
             if order and "order" in rule:
                 chosen = [int(np.where(np.isnan(values), score, -math.inf).argmax())]
+            else:
+                runs = np.isfinite(values).astype(int)
+                chosen = [i for i, *_ in propose(space, macs, scores, values, runs, count=count)]
             values[chosen] = measured[chosen]
             order += chosen
         leaders = itertools.accumulate(order, lambda *pair: max(pair, key=lambda i: measured[i]))
@@ -248,12 +250,12 @@ def stage_4(results, searches, truth):
     space = pooling_configs(sum(results[0]["config"]))
     found = {tuple(r["config"]): r for r in results}
     tables = [{tuple(r["config"]): r["val_acc"] for r in search["results"]} for search in searches]
-    values = np.array([found[config].get("val_acc", found[config]["test_acc"]) if config in found else math.nan
-                       for config in space])
+    values = np.array([np.mean([run.get("val_acc", run["test_acc"]) for run in found[config]["runs"]])
+                       if config in found else math.nan for config in space])
     runs = np.array([len(found[config]["runs"]) if config in found else 0 for config in space])
     mean, _ = believe(space, np.array([count_macs(config) for config in space]),
                       [np.array([table[config] for config in space]) for table in tables], values, runs)
-    first = dict(zip(found, values[[space.index(config) for config in found]]))
+    first = {config: r.get("val_acc", r["test_acc"]) for config, r in found.items()}
     leaders = list(itertools.accumulate(first, lambda *pair: max(pair, key=first.get)))
     lines, label = [100 * first[config] for config in leaders], "best accuracy so far, %"
     if set(space) <= set(truth):
@@ -269,12 +271,13 @@ def main():
     parser.add_argument("--simulate", action="store_true", help="stage 4's proposals, on the last truth")
     args = parser.parse_args()
     files = {path: data for path in sorted(args.folder.rglob("*.json")) if "stage" in (data := load_json(path))}
+    known = [r["config"] for data in files.values() for r in data.get("results", [])]
+    if not known:
+        raise UserError(f"{args.folder} holds no JSON of a stage: name the --out of one, such as runs/cifar10")
     searches = {path: load_json(path, "val_acc") for path, data in files.items()
                 if data["stage"] in ("supernet", "mixture")}
     here = {path: search for path, search in searches.items() if path.parent == args.folder}
     space = {tuple(r["config"]) for search in searches.values() for r in search["results"]}
-    if not searches:
-        raise UserError(f"{args.folder} holds no search: make one with search_supernet.py, or name its --out")
     own, truth, pictures = {}, {}, {"pooling": [], "searches": [], "retrain": [], "simulation": []}
     truths = [path for path in (args.folder / "single.json", args.truth) if path in {*files, args.truth} - {None}]
     for path in truths:
@@ -283,14 +286,16 @@ def main():
         truth = {tuple(r["config"]): r["test_acc"] for r in results}
         own = own or truth
         pictures["pooling"] += [partial(triangle, accuracies=truth, title=f"{path}, %"), partial(cost, results=results)]
-        print(f"\nThe searches, judged by {path}:\n", *table(list(searches.values()), truth), sep="\n")
-    if not truths:
-        print(*table(list(searches.values()), truth), sep="\n")
-    print("", *owners_table(list(searches.values())), sep="\n")
+        if searches:
+            say("\n".join([f"\nThe searches, judged by {path}:\n", *table(list(searches.values()), truth)]))
+    if searches and not truths:
+        say("\n".join(table(list(searches.values()), truth)))
+    if searches:
+        say("\n".join(["", *owners_table(list(searches.values()))]))
     if space <= set(truth):
         pictures["searches"] = [partial(agreement, search=search, truth=truth, title=p) for p, search in here.items()]
     retrain = files.get(args.folder / "retrain.json", {"results": []})["results"]
-    if any(r.get("order") for r in retrain):
+    if any(r.get("order") for r in retrain) and len(known[0]) == 3:
         pictures["retrain"] = stage_4(sorted(retrain, key=lambda r: r["order"] or 0), here.values(), own)
     if args.simulate:
         if space != set(truth):
@@ -299,21 +304,21 @@ def main():
         shown = [n for n in (3, 4, 5, 6, 8, 10) if n <= len(truth)]
         cells = [[name, *(f"{regrets[:, n - 1].mean():.2f} ({regrets[:, n - 1].std():.2f})" for n in shown)]
                  for name, regrets in rows.items()]
-        print("", *markdown(["regret in points after so many trainings", *shown], cells), sep="\n")
+        say("\n".join(["", *markdown(["regret in points after so many trainings", *shown], cells)]))
         rows = {name: regrets.mean(0) for name, regrets in list(rows.items())[:7]}  # the other settings would crowd it
         pictures["simulation"] = [partial(curves, rows=rows, label="mean regret, points")]
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return print("the pictures need matplotlib: pip install matplotlib")
+        return say("the pictures need matplotlib: pip install matplotlib")
     for name, panels in pictures.items():
-        if panels and (name == "simulation" or len(min(space)) == 3):
+        if panels and (name == "simulation" or len(known[0]) == 3):
             lines, columns = math.ceil(len(panels) / 2), min(2, len(panels))
             figure = Figure(figsize=(6.5 * columns, 5 * lines), layout="constrained")
             for number, panel in enumerate(panels, 1):
                 panel(figure.add_subplot(lines, columns, number))
             figure.savefig(args.folder / f"{name}.png", dpi=100)
-            print(f"wrote {args.folder / name}.png")
+            say(f"wrote {args.folder / name}.png")
 
 
 if __name__ == "__main__":
