@@ -23,6 +23,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -32,6 +33,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -210,7 +212,7 @@ class Dataset:
 
 
 def balanced_order(labels, seed=0):
-    """A shuffle (int64 tensor) in which every prefix holds the classes in proportion, to within one image each."""
+    """A shuffle (int64 tensor) in which every prefix holds the classes in the proportions of the whole, nearly."""
     labels = np.asarray(labels)
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(labels))
@@ -264,7 +266,8 @@ def synthetic_images(n, seed):
 def read_image(path, size):
     """Decode an image of any mode to uint8 (size, size, 3): upright, shorter side resized, centre square.
 
-    Deep images (more than 8 bits, or floating point) are stretched from their darkest to their brightest value."""
+    Deep images (more than 8 bits, or floating point) are stretched from their darkest to their brightest value;
+    transparent ones lie on white."""
     from PIL import Image, ImageOps
     with Image.open(path, formats=["JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF"]) as image:  # none that runs code
         image.draft("RGB", (size, size))  # a JPEG is decoded at the smallest scale that is large enough
@@ -273,6 +276,8 @@ def read_image(path, size):
             values = np.nan_to_num(np.asarray(image, float), posinf=0, neginf=0)
             values -= values.min()
             image = Image.fromarray((255 * values / max(values.max(), 1e-9)).astype(np.uint8))
+        elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return np.array(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR))
 
 
@@ -307,7 +312,7 @@ def decoded_once(files, size, path):
         if not path.exists():
             with whole_file(path) as output:
                 output.writelines(decode(files, size))
-            for other in path.parent.iterdir():
+            for other in path.parent.glob("*.bin"):
                 if other != path and other.stem.rpartition("-")[0] == path.stem.rpartition("-")[0]:
                     other.unlink()
     count = len(files) * size * size * 3
@@ -541,7 +546,8 @@ def score_step(network, amp, x, y, config):
 def evaluate(score, split, config, device, batch_size=256):
     """Accuracy, a fraction, on a Split; score(x, y, config) is that of one batch, such as `Learner.score`.
 
-    With batch statistics ("shared" norm) the answer depends a little on `batch_size`."""
+    With batch statistics ("shared" norm) the answer depends a little on `batch_size` and on the order of the split,
+    which in the scripts makes every batch class-balanced (`balanced_order`)."""
     correct = torch.zeros((), device=device)
     for x, y in scoring_batches(split, batch_size, device):
         correct += score(x, y, config) * len(y)
@@ -550,8 +556,9 @@ def evaluate(score, split, config, device, batch_size=256):
 
 @functools.cache
 def graph_place(device):
-    """The stream and the memory pool that all CUDA graphs on a device share: no two of them run at the same time."""
-    return torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+    """What all CUDA graphs on a device share: stream and memory pool, for no two run at the same time, and whether
+    capturing works."""
+    return SimpleNamespace(stream=torch.cuda.Stream(device), pool=torch.cuda.graph_pool_handle(), works=True)
 
 
 def graphed(step, device):
@@ -559,35 +566,33 @@ def graphed(step, device):
 
     At batch 128 a ResNet20 step is a thousand kernels of about two microseconds (H100); a graph launches them at once.
     The first call runs eagerly (and warms up the libraries), the second captures, later ones replay. `step` returns a
-    tensor, which the next call overwrites; it must not wait for the device. Where capturing fails, one line says so
-    and all later steps run eagerly."""
+    tensor, which the next call of any graph on this device may overwrite; it must not wait for the device. Where
+    capturing fails, one line says so and all later steps run eagerly."""
     if device.type != "cuda":
         return step
-    stream, pool = graph_place(device)
+    place = graph_place(device)
     seen = set()
     captured = {}
     static_inputs = {}
-    capturing_works = True
 
     def run(x, y, *step_args):
-        nonlocal capturing_works
         shape, key = tuple(x.shape), (tuple(x.shape), step_args)
-        if capturing_works and key in seen and key not in captured:
+        if place.works and key in seen and key not in captured:
             inputs = static_inputs.setdefault(shape, (torch.empty_like(x), torch.empty_like(y)))
             graph = torch.cuda.CUDAGraph()
             try:
-                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                with torch.cuda.graph(graph, pool=place.pool, stream=place.stream, capture_error_mode="thread_local"):
                     result = step(*inputs, *step_args)
                 captured[key] = graph, result
             except RuntimeError as error:
-                capturing_works = False
+                place.works = False
                 say(f"no CUDA graphs here, going on without ({str(error).splitlines()[0]})", every_rank=True)
         if key not in captured:
             seen.add(key)
-            stream.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(stream):
+            place.stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(place.stream):
                 result = step(x, y, *step_args)
-            torch.cuda.current_stream(device).wait_stream(stream)
+            torch.cuda.current_stream(device).wait_stream(place.stream)
             return result
         for static, value in zip(static_inputs[shape], (x, y)):
             static.copy_(value)
@@ -645,7 +650,7 @@ def keep_freed_memory():
     every page again: half the time of a bf16 step of [4,3,3] on 2 cores (700 against 1380 images/s)."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: allocate from the heap below 1 GiB
+        libc.mallopt(-3, 1 << 30) or libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: heap below 1 GiB; older: 32 MiB
         libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: do not shrink the heap
 
 
@@ -787,7 +792,8 @@ def open_stage(args, name, ignore=()):
 def steps_per_epoch(split, batch_size):
     """Training steps of one epoch. Raises UserError when there is none."""
     if len(split) < batch_size:
-        raise UserError(f"--batch-size {batch_size} is more than the {len(split)} images: lower it")
+        raise UserError(f"--batch-size {batch_size} is more than the {len(split)} images that train, in a search half "
+                        f"of all: lower it")
     return len(split) // batch_size
 
 
@@ -1010,8 +1016,7 @@ def run_main(main):
         keep_freed_memory()
         return main()
     except (RuntimeError, MemoryError) as error:
-        on_a_cpu = "can't allocate memory" in str(error)
-        if not on_a_cpu and not isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
             raise
         message = "out of memory: lower --batch-size, or choose another --device; the last checkpoint is kept"
     except OSError as error:  # a full disk, a folder without permission

@@ -300,7 +300,7 @@ def train_best(args, data, settings, space, macs, scores):
         pair = by_config[best], base
         error = math.sqrt(sum(r["std"] ** 2 / len(r["runs"]) for r in pair))
         say(f"{show(best)} against the default: {100 * (pair[0]['test_acc'] - pair[1]['test_acc']):+.2f} points, "
-            f"standard error {100 * error:.2f}")
+            f"standard error of the seeds {100 * error:.2f}")
     further = propose(space, macs, scores, *observe(space, runs), args.max_macs)
     if further:
         index, _, mean, deviation, chance = further[0]

@@ -35,6 +35,7 @@ from common import (RANK, WORLD, Learner, ResNet20, UserError, cosine_lr, defaul
                     say, score_step, scoring_batches, show, steps_per_epoch, training_batches, with_seed, write_stage)
 
 BLOCK = 36  # steps between two updates of what adapts: one wait for the device instead of 36
+TREES = 0.4, 0.5, 0.6, 0.7, 0.8, 0.9  # parts of the run after which --sampler tree ranks all and plants a new tree
 
 
 # ---- Samplers: which configuration the next steps train --------------------------------------------------------------
@@ -86,13 +87,14 @@ class TreeSearch:
 
     A child is drawn by softmax((R + shared * G + explore * sqrt(ln(n_parent) / n)) / T + ln(leaves)), one that was
     never visited first. R: running mean of its rewards; n: its visits; T: temperature, which falls exponentially
-    between the two given; leaves: how many configurations lie below it, so that equal R mean uniform draws. The first
-    part `uniform` of the run draws uniformly.
+    between the two given (ours: the source of "rank" keeps 0.7); leaves: how many configurations lie below it, so that
+    equal R mean uniform draws. The first part `uniform` of the run draws uniformly.
 
     tree: "flat", all configurations below the root: Boltzmann sampling with explore 0 (a baseline of the paper).
     "cuts", a level for each pooling position: Monte-Carlo tree search (another; its constants are not published).
     "rank", halves of halves of the configurations in the order of their scores (`replant`; uniform draws until then):
-    "Iterative MCTS" (AutoML 2025). Scoring makes a step cost 1.33 uniform ones, and with what they draw 1.3 to 1.9.
+    "Iterative MCTS" (AutoML 2025). Scoring makes a step cost 1.33 uniform ones, with what they draw 1.3 to 1.9, and the
+    rankings of "rank" come on top.
     reward "loss" and `shared`: after MCT-NAS (Su et al., CVPR 2021, arXiv 2103.11922): the reward is the running mean
     of all losses over this one; G is its running mean over all nodes with the same cut (node communication). No code
     of it is public: the constants are ours. With what it draws a step costs 1.2."""
@@ -181,7 +183,8 @@ class Prioritized:
     equal number are cut along the cost, and a pool keeps the `size` best of its class by a running average (0.9) of
     minus the loss. With probability 0.01 ** progress, and while the pool is not full, the whole class is drawn from;
     else the pool, by softmax(score / t) with t = 0.01 ** progress too. What leaves a pool is forgotten.
-    Taught by the sandwich, as in the source, a step costs 4.4 uniform ones."""
+    The source keeps the largest and the smallest, which the sandwich trains anyway, out of its pools; here they are in
+    the last and the first. Taught by the sandwich, as in the source, a step costs 4.4 uniform ones."""
     reward = "loss"
 
     def __init__(self, macs, pools, size):
@@ -288,7 +291,8 @@ class PerResolution(nn.Module):
     """A layer with weights of its own for each resolution: copies of `layer`, picked by the size of what comes in.
 
     size: the side at resolution 0, in pixels; resolutions: those at which the layer can run. After the progressive
-    training of Yang et al. (arXiv 2108.05866), who copy the layers of a SuperNet for each width. A step costs 1.0."""
+    training of Yang et al. (arXiv 2108.05866), who copy the layers of a SuperNet for each width and go on at a tenth
+    of the rate; here the cosine goes on. A step costs 1.0."""
 
     def __init__(self, layer, size, resolutions):
         super().__init__()
@@ -385,7 +389,7 @@ def search(args, data, settings, name):
     steps = steps_per_epoch(training, args.batch_size)
     sampler = SAMPLERS[args.sampler](configs, macs, exponent=args.exponent, pools=args.pools, pool_size=args.pool_size)
     split_epoch = round(args.split_at * args.epochs)
-    new_tree = range(round(0.4 * args.epochs), args.epochs, max(1, args.epochs // 10))  # epochs that begin with one
+    new_tree = {round(part * args.epochs) for part in TREES}  # epochs that begin with one
     history = []
     counts = [0] * len(configs)
     state = load_checkpoint(checkpoint)

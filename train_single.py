@@ -10,7 +10,8 @@ Every network leaves its weights (.pt) and, when it is finished, its accuracy (.
 and is not trained again; at the end single.json gathers them. Several machines: add `--nnodes=2 --rdzv-backend=c10d
 --rdzv-endpoint=HOST:29500` on each.
 
-Paper: Javan, Toews, Pedersoli, AutoML 2023, arXiv 2306.11982, section 5.
+Paper: Javan, Toews, Pedersoli, AutoML 2023, arXiv 2306.11982, section 5. Its networks alone trained with a rate that
+falls in steps; ours follow the cosine of its searches.
 """
 import statistics
 import time

@@ -21,6 +21,7 @@ import numpy as np
 
 from common import Parser, UserError, kendall_tau, load_json, pick_amp, pick_device, run_main, save_json, say
 from results.report import figures_of, markdown, simulate
+from search_supernet import TREES
 
 WAYS = {  # name: (options, forward passes beside those of training, for each path trained)
     "uniform": ("", 0), "cost": ("--sampler cost", 0), "cost to the power 0.5": ("--sampler cost --exponent 0.5", 0),
@@ -48,6 +49,8 @@ def figures(search, forwards, truth):
     stage_4 = simulate(truth, [scores], trainings=6, draws=10).mean(0)
     taken = len(search["history"]) * (search["n_train"] // search["args"]["batch_size"])
     cost = (3 + forwards) / 3 * (macs * steps).sum() / taken / macs.mean()
+    if search["args"].get("sampler") == "tree":
+        cost += len(TREES) * 5 * len(macs) / 3 / taken  # each ranks all configurations on five batches
     return [tau, with_exposure, kendall_tau(score, steps) or 0, regret, stage_4[3], stage_4[5], cost]
 
 
@@ -77,11 +80,12 @@ def main():
     parser.add_argument("--epochs", type=int, default=24, help="of a uniform search; default 24")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), help="which; default all")
     parser.add_argument("--so-far", action="store_true", help="run nothing, show what has ended")
+    parser.add_argument("--device", default="cpu", help="of all runs; default cpu")
     parser.add_argument("--amp", choices=["auto", "bf16", "off"], default="auto", help="precision of all runs")
     args = parser.parse_args()
     truth = {tuple(r["config"]): r["test_acc"] for r in load_json(args.truth, "test_acc")["results"]}
     out = args.out or Path("runs/compare", Path(args.dataset).name)
-    amp = pick_amp(args.amp, pick_device("cpu"))
+    amp = pick_amp(args.amp, pick_device(args.device))
 
     def run(way, seed, epochs):
         """One search in a process of its own, unless it has ended before: its JSON (with --so-far perhaps None)."""
@@ -94,7 +98,7 @@ def main():
                 return None
             folder.mkdir(parents=True, exist_ok=True)
             command = [sys.executable, f"{script}.py", "--dataset", args.dataset, "--epochs", str(epochs), "--seed",
-                       str(seed), "--amp", amp, "--out", str(folder), *options]
+                       str(seed), "--amp", amp, "--device", args.device, "--out", str(folder), *options]
             with open(folder / "log.txt", "a") as log:
                 ended = subprocess.run(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
             if ended.returncode:

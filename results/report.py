@@ -49,7 +49,10 @@ def by_setting(searches):
     groups = {}
     for search in sorted(searches, key=lambda search: search["args"]["seed"]):
         steps = len(search["history"]) * (search["n_train"] // search["args"]["batch_size"])
-        groups.setdefault((words_for(search["args"]), search["n_train"] + search["n_val"], steps), []).append(search)
+        key = words_for(search["args"]), search["n_train"] + search["n_val"], steps
+        while any(search["args"]["seed"] == other["args"]["seed"] for other in groups.get(key, [])):
+            key = f"{key[0]}, again", *key[1:]  # other images, or settings without a word of their own
+        groups.setdefault(key, []).append(search)
     return dict(sorted(groups.items(), key=lambda item: (-item[0][2], "mixture" in item[0][0], item[0])))
 
 
@@ -70,7 +73,8 @@ def figures_of(results, truth):
         (r["val_acc"], fed[tuple(r["config"])], math.log2(r["macs"]), truth[tuple(r["config"])], r.get("model", 0))
         for r in known]).T
     taus = [kendall_tau(score, other) or 0 for other in (true, fed, cost)]
-    within = [kendall_tau(score[model == m], true[model == m]) or 0 for m in np.unique(model)]
+    within = [kendall_tau(score[model == m], true[model == m]) for m in np.unique(model)]
+    within = [tau for tau in within if tau is not None] or [0]  # a model that owns a single one has no order
     features = np.stack([np.ones(len(known)), score, cost], axis=1)
     line = features @ np.linalg.lstsq(features, true, rcond=None)[0]
     regret = 100 * (true.max() - true[score.argmax()])

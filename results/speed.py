@@ -39,7 +39,7 @@ def main():
 
     def clock():
         if device.type != "cpu":
-            torch.accelerator.synchronize()
+            torch.accelerator.synchronize(device)
         return time.perf_counter()
 
     def images_per_second(work):
