@@ -229,8 +229,9 @@ def train_best(args, data, settings, space, macs, scores):
     default = default_config(args.layers, args.scales)
     folder = args.out / "retrain"
     taken = known_runs(args, settings, "single")
-    trainings = args.trainings - len({config for config, _ in taken})
     runs = {**taken, **known_runs(args, settings, "retrain")}
+    own = {config for (config, _), run in runs.items() if "order" in run}
+    trainings = args.trainings - len({config for config, _ in taken} - own)
 
     # ---- rounds of proposals, one for each process -------------------------------------------------------------------
     while True:

@@ -467,6 +467,8 @@ def test_propose_only_writes_nothing_and_a_budget_is_kept_by_the_cost_of_the_net
     for limit in (CHEAPEST, []):  # then the default comes as a further seed only
         run(*words, *limit)
     assert strict("new/retrain.json")["default"]["why"] is None
+    shutil.copytree("new", "twice"), run("train_single.py", *TINY, "--config", "1,3", "--seed", "1", "--out", "twice")
+    assert "training 2 of 2: [3,1]" in run(*words, "--trainings", "2", "--out", "twice")[0]  # [1,3] counts once
     for name, change in (("2-2", {"halves": [1.0, 1.0]}), ("1-3", {"round": [1, 2]})):  # the best; of a stopped round
         save_json(f"new/retrain/{name}-seed0.json", {**strict(f"new/retrain/{name}-seed0.json"), **change})
     run(*words)
