@@ -178,10 +178,14 @@ def print_beliefs(space, macs, scores, runs, max_macs):
     """Print what is expected of every configuration, the best first, and which to train next."""
     values, counts = observe(space, runs)
     mean, deviation = believe(space, macs, scores, values, counts)
-    chance = chance_above(best_of(values, macs <= max_macs), mean, deviation)
+    best = best_of(values, macs <= max_macs)
+    chance = chance_above(best, mean, deviation)
+    if not counts.any():
+        say("nothing is trained yet: what is expected is relative to the mean of all")
     print_table(["configuration", "M multiply-adds", "expected", "deviation", "trained", "chance to beat the best"], [
         [show(space[i]), f"{macs[i] / 1e6:.1f}", f"{mean[i]:.4f}", f"{deviation[i]:.4f}",
-         *([f"{values[i]:.4f}", None] if counts[i] else [None, f"{chance[i]:.2f}"])] for i in np.argsort(-mean)])
+         f"{values[i]:.4f}" if counts[i] else None, f"{chance[i]:.2f}" if best and not counts[i] else None]
+        for i in np.argsort(-mean)])
     proposals = propose(space, macs, scores, values, counts, max_macs)
     say(f"next: {show(space[proposals[0][0]]) if proposals else 'none'}")
 
