@@ -453,8 +453,9 @@ def test_propose_only_writes_nothing_and_a_budget_is_kept_by_the_cost_of_the_net
     assert what_is_next() == "next: [2,2]" and what_is_next(*CHEAPEST) == "next: [1,3]"
     assert what_is_next("--image-size", "32", "--max-macs", count_macs((2, 2)) - 1) == "next: [1,3]"
     assert files("runs/synthetic") == before
+    assert "nothing is trained yet" in run("retrain.py", *TINY, "--propose-only")[0]
     run("train_single.py", *TINY, "--config", "2,2", "3,1")
-    assert what_is_next() == "next: [1,3]"
+    assert what_is_next() == "next: [1,3]" and "nothing is" not in run("retrain.py", *TINY, "--propose-only")[0]
     assert what_is_next("--image-size", "32") == "next: [2,2]"  # what is known of other images does not count
     out, _ = run("retrain.py", *TINY, *CHEAPEST, "--runs", "2")  # no more of what is known and too expensive
     assert "training 1 of 4: [1,3]" in out  # six in all, of which two were taken over
