@@ -1,6 +1,6 @@
 """A folder of results as tables and pictures: where to pool, what it costs, how well searches and proposals do.
 
-    python -m results.report results/cifar10-jpeg --truth results/published_cifar10_resnet20.json --simulate
+    python -m results.report results/cifar10 --truth results/published_cifar10_resnet20.json --simulate
 
 Prints a table of all searches in the folder and below, judged by the folder's single.json and by what --truth names,
 and one of how the models of mixtures share out the space.
