@@ -1,11 +1,9 @@
 """Stage 3, the balanced mixture of SuperNets: M sets of weights that share out the pooling configurations.
 
-    python search_mixture.py                                 # CIFAR-10: M = 4 models share 100 epochs of steps
-    python search_mixture.py --epochs 400                    # 100 for each model, probably the paper's setting
-    python search_mixture.py --dataset food101               # Food-101 at 128 pixels, stem of stride 4
+    python search_mixture.py                                 # CIFAR-10: M = 4 models, 100 epochs for each
+    python search_mixture.py --dataset food101               # Food-101 at 128 pixels, which a first convolution halves
     python search_mixture.py --dataset path/to/images        # a folder with train/<class>/* and test/<class>/*
     python search_mixture.py --dataset synthetic             # a few minutes on a laptop
-    python search_mixture.py --shared-epochs 30              # small budgets: start all models from one SuperNet
     python search_mixture.py --sampler cost                  # not in the paper: configurations drawn by their cost
     torchrun --nproc_per_node=3 search_mixture.py            # seeds 0, 1 and 2, each on the GPU of its number
 
@@ -22,11 +20,11 @@ import time
 import numpy as np
 import torch
 
-from common import (RANK, WORLD, Learner, ResNet20, UserError, cosine_lr, default_config, derive_seed, evaluate, halves,
-                    identity, judge, load_checkpoint, load_json, log_epoch, open_stage, parse, pooling_configs,
-                    print_rank, print_results, print_table, result_fields, run_main, save_checkpoint, say, show,
-                    steps_per_epoch, training_batches, with_seed, write_stage)
-from search_supernet import BLOCK, SAMPLERS
+from common import (at_least, config_text, cosine_lr, derive_seed, log_epoch, parse, print_table, run_main,
+                    save_checkpoint, say, training_batches)
+from search_supernet import add_sampler, begin_search, draw_probabilities, finish_search, make_learner
+
+BLOCK = 36  # steps between two updates of p(m | a): one wait for the device instead of 36
 
 
 def balance(probs, tolerance=1e-8, rounds=10_000):
@@ -80,111 +78,62 @@ class Assignment:
 
 def main():
     def options(add):
-        add("--models", type=int, default=4, help="M, the sets of weights; default 4")
-        add("--sampler", choices=["uniform", "cost", "fair"], default="uniform", help="how configurations are drawn, "
-            "as in search_supernet.py; default uniform (paper)")
-        add("--shared-epochs", type=int, default=0, help="extension, not in the paper: epochs that train one shared "
-            "SuperNet, whose weights then start all models; default 0")
+        add_sampler(add)
+        add("--models", type=at_least(1), default=4, help="M, the sets of weights; default 4")
         add("--no-balance", action="store_true", help="leave p(model | configuration) unbalanced, to see what happens")
-        add("--all-pairs", action="store_true", help="score each configuration with every model, not with the most "
-            "probable one alone; also after a search that has ended")
     args = parse(__doc__, options, synthetic_epochs=24)
-    if args.shared_epochs >= args.epochs:
-        raise UserError(f"--shared-epochs {args.shared_epochs}: must be below the {args.epochs} epochs of the run")
-    args.seed += RANK
-    name = with_seed("mixture", args.seed)
-    search(args, *open_stage(args, name, ignore={"limit_test", "all_pairs"}), name)
-
-
-def search(args, data, settings, name):
-    """The search of the paper, section 4, from the arguments to mixture.json."""
-    configs = pooling_configs(args.layers, args.scales)
-    device = args.device
-    checkpoint = args.out / f"{name}.pt"
-    fields = [result_fields(config, data, args) for config in configs]
-    sampler = SAMPLERS[args.sampler](configs, [entry["macs"] for entry in fields])
-    training, scoring = halves(data.train, args.seed)
-    steps = steps_per_epoch(training, args.batch_size)
-    learners = []
-    for m in range(args.models):
-        torch.manual_seed(derive_seed("weights", args.seed, m))
-        network = ResNet20(classes=len(data.classes), stem=args.stem, layers=args.layers, norm="shared")
-        learners.append(Learner(network, device, args.amp, args.weight_decay))
-    assignment = Assignment(len(configs), args.models)
-    history = []
-    state = load_checkpoint(checkpoint)
-    if state:
-        history, assignment.W, assignment.counts = state["history"], state["W"], state["counts"]
-        for learner, saved in zip(learners, state["learners"]):
+    search = begin_search(args, "mixture", "sampler", "models", "no_balance")
+    learners = [make_learner(search, args, m) for m in range(args.models)]
+    assignment = Assignment(len(search.configs), args.models)
+    draws = draw_probabilities(args.sampler, search.macs)
+    history, steps, epochs = [], search.steps, args.epochs * args.models  # passes in all
+    if search.state:
+        history, assignment.W, assignment.counts = (search.state[key] for key in ("history", "W", "counts"))
+        for learner, saved in zip(learners, search.state["learners"]):
             learner.load_state_dict(saved)
-        say(f"{name} goes on after epoch {len(history)}", every_rank=True)
 
-    # ---- the search -------------------------------------------------------------------------------------------------
-    for epoch in range(len(history), args.epochs):
+    for epoch in range(len(history), epochs):
         began = time.monotonic()
-        log = torch.zeros(steps, 2, device=device)  # loss and validation accuracy
+        log = torch.zeros(steps, 2, device=args.device)  # loss and validation accuracy
         rng = np.random.default_rng(derive_seed("draw", args.seed, epoch))
-        shared = epoch < args.shared_epochs
-        train_batches = training_batches(training, args.batch_size, device, derive_seed("order", args.seed, epoch))
-        score_batches = training_batches(scoring, args.batch_size, device,
-                                         derive_seed("scoring order", args.seed, epoch), augment=False)
+        train_batches, score_batches = (
+            training_batches(*half, args.batch_size, args.device, derive_seed(name, args.seed, epoch), augment)
+            for half, name, augment in ((search.training, "order", True), (search.scoring, "scoring order", False)))
         for start in range(0, steps, BLOCK):
             block = range(start, min(start + BLOCK, steps))
-            progress = (epoch * steps + start) / (args.epochs * steps)
-            drawn = sampler.draw(len(block), progress, rng)
-            owners = assignment.draw(assignment.probabilities(progress, not args.no_balance), drawn, rng)
-            if shared:
-                owners = np.zeros_like(owners)
-            for step, a, m, (x, y), scored in zip(block, drawn, owners, train_batches, score_batches):
-                lr = cosine_lr(epoch * steps + step, args.epochs * steps, args.lr, args.warm_up)
-                log[step, 0] = learners[m].train(x, y, configs[a], lr)[0]
-                log[step, 1] = learners[m].score(*scored, configs[a])
-            if not shared:
-                assignment.update(drawn, owners, log[block.start:block.stop, 1].tolist())
-        if epoch + 1 == args.shared_epochs:
-            for learner in learners[1:]:
-                learner.load_state_dict(learners[0].state_dict())
+            progress = (epoch * steps + start) / (epochs * steps)
+            configs = rng.choice(len(search.configs), len(block), p=draws)
+            models = assignment.draw(assignment.probabilities(progress, not args.no_balance), configs, rng)
+            # zip asks from left to right and the block ends first, so that no batch is taken and lost at its end
+            for step, a, m, (x, y), scored in zip(block, configs, models, train_batches, score_batches):
+                lr = cosine_lr(epoch * steps + step, epochs * steps, args.lr, args.warm_up)
+                log[step, 0] = learners[m].train(x, y, search.configs[a], lr)[0]
+                log[step, 1] = learners[m].score(*scored, search.configs[a])
+            assignment.update(configs, models, log[block.start:block.stop, 1].tolist())
         loss, accuracy = log.mean(0).tolist()
-        label = f"seed {args.seed}  " if WORLD > 1 else ""
-        history.append(log_epoch(epoch, args, {"loss": loss, "val_acc": accuracy}, began, steps, label))
-        save_checkpoint(checkpoint, {"history": history, "W": assignment.W, "counts": assignment.counts,
-                                     "learners": [learner.state_dict() for learner in learners], "args": settings})
+        measures = {"loss": loss, "val_acc": accuracy}
+        history.append(log_epoch(epoch, epochs, args, measures, began, steps, search.label))
+        save_checkpoint(search.checkpoint, {"history": history, "W": assignment.W, "counts": assignment.counts,
+                                            "learners": [learner.state_dict() for learner in learners],
+                                            "args": search.settings})
 
-    # ---- every configuration on the whole scoring half, with its most probable model ---------------------------------
-    began = time.monotonic()
-    results = []
-    pairs = []
-    probs = assignment.probabilities(1.0, not args.no_balance)
-    counts = assignment.counts.tolist()
-    for config, entry, owner, trained in zip(configs, fields, probs.argmax(1).tolist(), counts):
-        models = range(args.models) if args.all_pairs else [owner]
-        scores = {m: round(evaluate(learners[m].score, scoring, config, device, args.batch_size), 6) for m in models}
-        results.append({**entry, "val_acc": scores[owner], "model": owner, "steps": sum(trained)})
-        pairs.append(list(scores.values()))
-    seconds = sum(entry["seconds"] for entry in history) + time.monotonic() - began
-    rank = judge(args, results, identity(args, data.digest))
-    extra = {"pairs": pairs} if args.all_pairs else {}
-    write_stage(args, name, data, settings, results, "val_acc", (len(training), len(scoring), 0), seconds,
-                rank=rank, configs=[list(config) for config in configs],
-                probabilities=[[round(p, 6) for p in row] for row in probs.tolist()],
-                W=[[round(w, 6) for w in row] for row in assignment.W.tolist()], trained=counts, history=history,
-                **extra)
-
+    # ---- every configuration is scored with its most probable model, which owns it -----------------------------------
+    probs, counts = assignment.probabilities(1.0, not args.no_balance), assignment.counts
+    owner = probs.argmax(1).tolist()
     say("\np(model | configuration), * where it is the owner, and how often each pair was trained")
     models = range(args.models)
     print_table(["configuration", *(f"model {m}" for m in models), *(f"steps {m}" for m in models)], [
-        [show(config), *(f"{p:.2f}{'*' if m == row.argmax() else ' '}" for m, p in enumerate(row)), *trained]
-        for config, row, trained in zip(configs, probs, counts)])
-    for m in models:
-        own = [r["val_acc"] for r in results if r["model"] == m]
-        say(f"model {m} owns {len(own)} configurations, mean accuracy {np.mean(own or [0]):.4f}")
-    say()
-    print_results(results, "val_acc", default_config(args.layers, args.scales))
-    naive = args.out / "supernet.json"
-    if naive.exists():
-        print_rank(naive.name, judge(args, load_json(naive, "val_acc")["results"], identity(args, data.digest)))
-    print_rank(f"{name}.json", rank)
-    say(f"wrote {args.out / name}.json", every_rank=True)
+        [config_text(config), *(f"{p:.2f}{'*' if m == own else ' '}" for m, p in enumerate(row)), *trained]
+        for config, row, own, trained in zip(search.configs, probs, owner, counts.tolist())])
+    say(f"configurations owned by each model: {', '.join(str(owner.count(m)) for m in models)}")
+    if counts.double().mean() < 10:
+        say(f"each pair of a configuration and a model was trained {counts.double().mean():.1f} times on average, "
+            f"which is too few for W to mean anything: raise --epochs")
+    finish_search(search, args, learners, history,
+                  [{"model": own, "steps": sum(trained)} for own, trained in zip(owner, counts.tolist())],
+                  configs=[list(config) for config in search.configs], trained=counts.tolist(),
+                  probabilities=[[round(p, 6) for p in row] for row in probs.tolist()],
+                  W=[[round(w, 6) for w in row] for row in assignment.W.tolist()])
 
 
 if __name__ == "__main__":

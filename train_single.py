@@ -18,48 +18,49 @@ import time
 
 import torch
 
-from common import (RANK, WORLD, Learner, ResNet20, UserError, cosine_lr, count_macs, default_config, derive_seed,
-                    evaluate, gather, halves, load_checkpoint, load_json, log_epoch, open_stage, parse,
-                    pooling_configs, print_results, result_fields, run_main, save_checkpoint, save_json, say, show,
-                    steps_per_epoch, training_batches, write_stage)
+from common import (RANK, WORLD, Learner, UserError, check_settings, config_text, cosine_lr, count_macs, default_config,
+                    derive_seed, describe, evaluate, gather, halves, load_checkpoint, load_dataset, load_json,
+                    log_epoch, make_network, parse, pooling_configs, run_main, save_checkpoint, save_json, say,
+                    settings_of, steps_per_epoch, to_device, training_batches, write_results)
 
 
 def train_network(config, seed, data, args, settings, folder, **notes):
-    """Train one ResNet20 from scratch on the training split and test it (stages 1 and 4; paper, section 5).
+    """Train one network from scratch on the training split and test it (stages 1 and 4; paper, section 5).
 
-    Its weights and batches depend on `seed` and the configuration alone. folder: where it leaves a file with the
-    accuracies, fractions, on all test images (`test_acc`) and on each half of them (`halves`, a fixed class-balanced
-    cut), and the `notes`, beside the checkpoint with the trained weights."""
+    Its weights and batches depend on `seed` and the configuration alone. data: as from `load_dataset`. folder: where
+    it leaves a file with the accuracies, fractions, on all test images (`test_acc`) and on each half of them
+    (`halves`, a fixed class-balanced cut), and the `notes`, beside the checkpoint with the trained weights."""
     folder.mkdir(exist_ok=True)
     path = folder / f"{'-'.join(map(str, config))}-seed{seed}"
+    train, test, classes = data
+    steps = steps_per_epoch(train, args.batch_size)
     torch.manual_seed(derive_seed("weights", seed, *config))
-    network = ResNet20(classes=len(data.classes), stem=args.stem, layers=args.layers)
-    learner = Learner(network, args.device, args.amp, args.weight_decay)
-    steps = steps_per_epoch(data.train, args.batch_size)
+    learner = Learner(make_network(args, len(classes)), args.device, args.amp, args.weight_decay)
     history = []
-    state = load_checkpoint(path.with_suffix(".pt"))
+    state = load_checkpoint(path.with_suffix(".pt"), settings)
     if state:
         learner.load_state_dict(state["learner"])
         history = state["history"]
-        say(f"{show(config)} goes on after epoch {len(history)}", every_rank=True)
+        say(f"{config_text(config)} goes on after epoch {len(history)}", every_rank=True)
 
     for epoch in range(len(history), args.epochs):
         began = time.monotonic()
         log = torch.zeros(steps, 2, device=args.device)  # loss and accuracy of each step, read once an epoch
         order = derive_seed("order", seed, epoch, *config)
-        for step, (x, y) in enumerate(training_batches(data.train, args.batch_size, args.device, order)):
+        for step, (x, y) in enumerate(training_batches(*train, args.batch_size, args.device, order)):
             lr = cosine_lr(epoch * steps + step, args.epochs * steps, args.lr, args.warm_up)
             log[step] = learner.train(x, y, config, lr)
         loss, accuracy = log.mean(0).tolist()  # waits for the device
-        entry = log_epoch(epoch, args, {"loss": loss, "train_acc": accuracy}, began, steps, f"{show(config)} ")
+        entry = log_epoch(epoch, args.epochs, args, {"loss": loss, "train_acc": accuracy}, began, steps,
+                          f"{config_text(config)} ")
         history.append({"config": list(config), "seed": seed, **entry})
         save_checkpoint(path.with_suffix(".pt"), {"history": history, "learner": learner.state_dict(),
                                                   "args": settings})
-    parts = halves(data.test)
-    accuracies = [evaluate(learner.score, part, config, args.device) for part in parts]
-    correct = sum(accuracy * len(part) for accuracy, part in zip(accuracies, parts))
+
+    accuracies = [evaluate(learner.score, half, config, args.device) for half in halves(test)]
+    test_acc = evaluate(learner.score, test, config, args.device)
     save_json(path.with_suffix(".json"), {
-        "config": list(config), "seed": seed, "test_acc": round(correct / len(data.test), 6), "halves": accuracies,
+        "config": list(config), "seed": seed, "test_acc": round(test_acc, 6), "halves": accuracies,
         "seconds": round(sum(entry["seconds"] for entry in history), 2), **notes, "history": history,
         "args": settings})
 
@@ -68,12 +69,12 @@ def finished_runs(args, stage):
     """The runs that a stage has finished, on whichever rank's disk: {(configuration, seed): what its file holds}."""
     path = args.out / f"{stage}.json"
     mine = []
-    earlier = load_json(path) if path.exists() else {"results": []}  # perhaps copied here without the folder of runs
-    for entry in earlier["results"]:
+    gathered = load_json(path) if path.exists() else {"results": []}  # perhaps copied here without the folder of runs
+    for entry in gathered["results"]:
         for run in entry.get("runs", []):  # none in the truth of others
-            history = [h for h in earlier["history"] if (h["config"], h["seed"]) == (entry["config"], run["seed"])]
-            mine.append({**run, "config": entry["config"], "history": history, "args": earlier["args"]})
-    mine += [load_json(path) for path in sorted((args.out / stage).glob("*.json"))]
+            history = [h for h in gathered["history"] if (h["config"], h["seed"]) == (entry["config"], run["seed"])]
+            mine.append({**run, "config": entry["config"], "history": history, "args": gathered["args"]})
+    mine += [load_json(file) for file in sorted((args.out / stage).glob("*.json"))]
     runs = {(tuple(run["config"]), run["seed"]): run for part in gather(mine) for run in part}
     return dict(sorted(runs.items()))
 
@@ -90,38 +91,47 @@ def summarise(runs, key="test_acc"):
     return entries
 
 
-def parse_config(text, layers, scales):
-    """A configuration from text, "4,3,3" to (4, 3, 3). Raises UserError when it is none of the space."""
-    config = tuple(int(part) if part.strip().isdigit() else 0 for part in text.strip("[]()").split(","))
-    if config not in pooling_configs(layers, scales):
-        raise UserError(f"--config {text}: must be {scales} numbers of layers, at least 1 each and {layers} in all, "
-                        f"such as {','.join(map(str, default_config(layers, scales)))}")
-    return config
+def parse_configs(texts, args):
+    """Configurations from text, ["4,3,3", ...], "all" or "default". Raises UserError for what is not in the space."""
+    space, usual = pooling_configs(args.layers, args.scales), default_config(args.layers, args.scales)
+    configs = []
+    for text in texts:
+        named = tuple(int(part) if part.strip().isdigit() else 0 for part in text.strip("[]()").split(","))
+        if text not in ("all", "default") and named not in space:
+            raise UserError(f"--config {text}: must be {args.scales} numbers of layers, at least 1 each and "
+                            f"{args.layers} in all, such as {','.join(map(str, usual))}")
+        configs += {"all": space, "default": [usual]}.get(text, [named])
+    return list(dict.fromkeys(configs))
+
+
+def load_for_training(args):
+    """The data set of --dataset, on the device: (training, test, classes). Says how many images will train."""
+    train, test, classes = load_dataset(args.dataset, args.data_dir, args.image_size, args.limit_train)
+    say(f"trains on {len(train.labels)} images and tests on {len(test.labels)}, {len(classes)} classes, on "
+        f"{args.device}, --amp {args.amp}")
+    return to_device(train, args.device), to_device(test, args.device), classes
 
 
 def main():
     args = parse(__doc__, lambda add: add("--config", nargs="+", default=["default"], help="configurations such as "
                                           "4,3,3 7,1,2, or all; default: pooling where the channels double"))
-    named = {"all": pooling_configs(args.layers, args.scales), "default": [default_config(args.layers, args.scales)]}
-    configs = []
-    for text in args.config:
-        configs += named.get(text) or [parse_config(text, args.layers, args.scales)]
-    data, settings = open_stage(args, "single", ignore={"seed", "config"})
+    configs = parse_configs(args.config, args)
+    settings = settings_of(args)
     done = finished_runs(args, "single")
-    todo = [config for config in dict.fromkeys(configs) if (config, args.seed) not in done]
+    for (config, seed), run in done.items():
+        check_settings(f"{args.out / 'single.json'} or its folder", run["args"], settings)
+    data = load_for_training(args)
+    todo = [config for config in configs if (config, args.seed) not in done]
     todo.sort(key=count_macs, reverse=True)  # the most expensive first: no rank is left with a long tail
     for config in todo[RANK::WORLD]:
         train_network(config, args.seed, data, args, settings, args.out / "single")
 
     runs = finished_runs(args, "single")
-    results = [{**result_fields(config, data, args), **entry} for config, entry in summarise(runs).items()]
+    results = [{**describe(config, args, len(data[2])), **entry} for config, entry in summarise(runs).items()]
     if RANK == 0:
-        write_stage(args, "single", data, settings, results, "test_acc", (len(data.train), 0, len(data.test)),
-                    seconds=sum(run["seconds"] for run in runs.values()),
-                    history=[entry for run in runs.values() for entry in run["history"]])
-    say()
-    print_results(results, "test_acc", *named["default"])
-    say(f"wrote {args.out / 'single.json'}")
+        write_results(args, "single", settings, data[2], results, "test_acc",
+                      (len(data[0].labels), 0, len(data[1].labels)), seconds=sum(r["seconds"] for r in runs.values()),
+                      history=[entry for run in runs.values() for entry in run["history"]])
 
 
 if __name__ == "__main__":
