@@ -38,6 +38,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.resnet import BasicBlock
 from torchvision.ops import Conv2dNormActivation
 
@@ -126,22 +127,12 @@ def make_network(args, classes, norm=nn.BatchNorm2d):
 def count_macs(config, network=None, image_size=32):
     """Multiply-adds of one image: convolutions and linear layers, as is usual. 40.8 M for (4, 3, 3).
 
-    network: takes (x, config), and lies on torch's "meta" device, where nothing is computed; by default a ResNet20
-    for 10 classes. image_size: side of the images in pixels."""
-    if network is None:
-        with torch.device("meta"):
-            network = ResNet20(image_size=image_size, layers=sum(config))
-    macs = 0
-
-    def count(layer, inputs, output):
-        nonlocal macs
-        pixels = output[0, 0].numel() if isinstance(layer, nn.Conv2d) else 1
-        macs += layer.weight.numel() * pixels  # each weight once for each pixel that is put out
-    hooks = [layer.register_forward_hook(count) for layer in network.modules() if type(layer) in (nn.Conv2d, nn.Linear)]
-    network(torch.empty(2, 3, image_size, image_size, device="meta"), config)
-    for hook in hooks:
-        hook.remove()
-    return macs
+    network: takes (x, config), on torch's "meta" device, where only shapes are computed; by default a ResNet20 for 10
+    classes. image_size: side of the images in pixels."""
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network = network or ResNet20(10, image_size, sum(config), nn.Identity)
+        network(torch.empty(1, 3, image_size, image_size), config)
+    return counter.get_total_flops() // 2
 
 
 # ---- Data: every data set ends as uint8 images (N, H, W, 3) and labels ----------------------------------------------
@@ -187,13 +178,10 @@ def synthetic_images(n, seed):
     """Ten balanced classes on which it matters where a network pools: (uint8 (n, 16, 16, 3), int64 (n,)).
 
     A class is a pair of glyphs of 3x3 pixels. Five times one of the two is drawn at a random place of the upper half;
-    the lower half shows, twice, glyphs of another class, which do not count. Each is mirrored or not (so that flips as
-    augmentation change nothing), bright or dark, and drawn over what was there. Colours and noise vary from image to
-    image; the noise's deviation is 10 to 40 (of 255).
-    What: glyphs of different classes may differ in a single pixel, which an early pooling blurs, and 16 channels are
-    too few to tell 20 glyphs in four guises, so wider layers must still see single pixels. Where: which half a glyph
-    is in shows only to layers with a wide view, so with nearly every layer at full resolution it is learned late.
-    `seed` draws the images; the classes are fixed. 16 pixels, not 32, allow four times the steps in the same time."""
+    the lower half shows, twice, glyphs of another class, which do not count. Each is mirrored or not, bright or dark.
+    Colours and noise (deviation 10 to 40 of 255) vary from image to image. `seed` draws the images, not the classes.
+    Glyphs may differ in a single pixel, which an early pooling blurs. Which half they are in shows only to layers with
+    a wide view, so with nearly every layer at full resolution it is learned late."""
     glyphs = np.array([[int(cell) for cell in pair.replace(" ", "")] for pair in GLYPHS]).reshape(10, 2, 3, 3) * 2 - 1
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(n) % 10)
@@ -268,58 +256,50 @@ def decode(files, size, path):
 
 
 def list_folder(root):
-    """The images below root/<class>/: (classes, files, labels, number of files passed over).
+    """The images below root/<class>/: ({class: files}, how many files were passed over).
 
     What is hidden, __MACOSX, and what is no image by its suffix are passed over, and links to folders within a class
     are not followed. Names are composed (NFC), so that two ways to write an accent are one class."""
-    folders = {unicodedata.normalize("NFC", folder.name): folder for folder in sorted(root.iterdir())
-               if folder.is_dir() and not folder.name.startswith((".", "__MACOSX"))}
-    files, labels, passed = [], [], 0
-    for label, folder in enumerate(folders.values()):
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            hidden = any(part.startswith((".", "__MACOSX")) for part in path.relative_to(folder).parts)
-            if hidden or path.suffix.lower() not in SUFFIXES:
-                passed += 1
-            else:
-                files.append(str(path))
-                labels.append(label)
-    return list(folders), files, labels, passed
+    found, passed = {}, 0
+    for path in sorted(root.glob("*/**/*")):
+        parts = path.relative_to(root).parts
+        if path.suffix.lower() not in SUFFIXES or any(part.startswith((".", "__MACOSX")) for part in parts):
+            passed += path.is_file()
+        elif path.is_file():
+            found.setdefault(unicodedata.normalize("NFC", parts[0]), []).append(str(path))
+    return found, passed
 
 
-@functools.cache
 def list_images(name, data_dir):
-    """Food-101, or a folder with train/<class>/* and test/<class>/* (or val/): (classes, training, test, digest).
+    """Food-101, or a folder with train/<class>/* and test/<class>/* (or val/): (classes, training, test, digest,
+    number of files passed over).
 
     The images are pairs (files, labels). digest: stands for the names and sizes of all files. Raises UserError where
     the folder is not like that."""
+    parts, passed = {}, 0
     if name == "food101":
         from torchvision.datasets import Food101
-        fetch(lambda: Food101(data_dir, download=True), name, data_dir)
-        parts = []
+        if not Path(data_dir, "food-101", "meta").exists():
+            fetch(lambda: Food101(data_dir, download=True), name, data_dir)
         for part in ("train", "test"):
-            by_class = load_json(Path(data_dir, "food-101", "meta", f"{part}.json"))
-            classes = sorted(by_class)
-            parts.append(([f"{data_dir}/food-101/images/{file}.jpg" for c in classes for file in by_class[c]],
-                          [label for label, c in enumerate(classes) for _ in by_class[c]]))
+            listed = load_json(Path(data_dir, "food-101", "meta", f"{part}.json"))
+            parts[part] = {c: [f"{data_dir}/food-101/images/{file}.jpg" for file in listed[c]] for c in listed}
     elif not Path(name).is_dir():
         raise UserError(f"--dataset {name}: neither a folder nor one of cifar10, cifar100, food101, synthetic")
-    else:
-        listed = {part: list_folder(Path(name, part)) for part in ("train", "test", "val") if Path(name, part).is_dir()}
-        found = [part for part, (_, files, *_) in listed.items() if files]
-        if found[:1] != ["train"] or len(found) < 2:
-            raise UserError(f"{name} needs images in train/<class>/ and in test/<class>/ or val/<class>/; it has some "
-                            f"in {', '.join(found) or 'none of them'}")
-        (classes, *train, passed), (others, *test, passed_too) = (listed[part] for part in found[:2])
-        empty = [c for label, c in enumerate(classes) if label not in train[1]]
-        if differ := sorted({*classes} ^ {*others} | {*empty}):
-            raise UserError(f"{name} needs images of the same classes in train and {found[1]}: see {', '.join(differ)}")
-        if len(classes) < 2:
-            raise UserError(f"{name} needs two classes or more, it has {classes[0]} alone")
-        parts = [train, test]
-        say(f"{name}: {len(classes)} classes, {len(train[0])} images in train, {len(test[0])} in {found[1]}; "
-            f"{passed + passed_too} files are hidden or no images by their names, and passed over")
-    facts = [(os.path.basename(file), os.path.getsize(file)) for files, _ in parts for file in files]
-    return classes, *parts, f"{derive_seed(classes, parts[0][1], parts[1][1], facts):x}"
+    for part in ("train", "test", "val") if not parts else ():
+        found, more = list_folder(Path(name, part))
+        parts, passed = parts | ({part: found} if found else {}), passed + more
+    if len(parts) < 2 or "train" not in parts:
+        raise UserError(f"{name} needs images in train/<class>/ and in test/<class>/ or val/<class>/; it has some in "
+                        f"{', '.join(parts) or 'none of them'}")
+    (train, test), classes = list(parts.values())[:2], sorted(parts["train"])
+    if {*train} != {*test} or len(train) < 2:
+        raise UserError(f"{name} needs images of the same classes, two or more, in {' and '.join([*parts][:2])}: see "
+                        f"{', '.join(sorted({*train} ^ {*test}) or classes)}")
+    listed = [([file for c in classes for file in part[c]],
+               [label for label, c in enumerate(classes) for _ in part[c]]) for part in (train, test)]
+    facts = [(label, os.path.basename(file), os.path.getsize(file)) for part in listed for file, label in zip(*part)]
+    return classes, *listed, f"{derive_seed(classes, facts):x}", passed
 
 
 def fetch(load, name, data_dir):
@@ -335,10 +315,9 @@ def fetch(load, name, data_dir):
 def load_dataset(name, data_dir="data", image_size=None, limit_train=None):
     """Load `cifar10`, `cifar100`, `food101`, `synthetic` or a folder of images with train/ and test/ (or val/).
 
-    data_dir: where data sets are kept and downloaded to; decoded images are cached in its folder `cache`, or in
-    data/cache where data_dir cannot be written. limit_train: only the first images of a fixed class-balanced shuffle,
-    which is the order of every split. Returns (training Split, test Split, names of the classes), on the CPU. Raises
-    UserError with what to fetch or mend."""
+    data_dir: where data sets are kept and downloaded to, and decoded images cached (in data/cache where it cannot be
+    written). limit_train: only the first images of a fixed class-balanced shuffle, which is the order of every split.
+    Returns (training Split, test Split, names of the classes), on the CPU. Raises UserError."""
     usual = IMAGE_SIZE.get(name, 32)
     size = image_size or usual
     if name in MADE and size != usual:
@@ -351,7 +330,9 @@ def load_dataset(name, data_dir="data", image_size=None, limit_train=None):
         sets = [fetch(lambda: kind(data_dir, train=train, download=True), name, data_dir) for train in (True, False)]
         classes, parts = sets[0].classes, [(part.data, part.targets) for part in sets]
     else:
-        classes, *parts, _ = list_images(name, data_dir)
+        classes, *parts, _, passed = list_images(name, data_dir)
+        say(f"{name}: {len(classes)} classes, {len(parts[0][0])} training and {len(parts[1][0])} test images; {passed} "
+            f"files were passed over (hidden, or no images by their names)")
     splits = []
     for (images, labels), limit in zip(parts, (limit_train, None)):
         order = balanced_order(labels)[:limit]
@@ -436,8 +417,7 @@ def cosine_lr(step, steps, lr, warm_up=0.0, floor=0.01):
 
 @functools.cache
 def graph_place(device):
-    """What all CUDA graphs on a device share: stream and memory pool, for no two run at the same time, and whether
-    capturing works."""
+    """What all CUDA graphs on a device share, for no two run at the same time, and whether capturing works."""
     return SimpleNamespace(stream=torch.cuda.Stream(device), pool=torch.cuda.graph_pool_handle(), works=True)
 
 
@@ -776,9 +756,9 @@ def pareto(results, key):
 def describe(config, args, classes):
     """The fields of a result that follow from the configuration: itself, multiply-adds, parameters."""
     with torch.device("meta"):
-        network = make_network(args, classes)
-    return {"config": list(config), "macs": count_macs(config, network, args.image_size),
-            "params": sum(p.numel() for p in network.parameters())}
+        trained, plain = (make_network(args, classes, norm) for norm in (nn.BatchNorm2d, nn.Identity))
+    return {"config": list(config), "macs": count_macs(config, plain, args.image_size),
+            "params": sum(p.numel() for p in trained.parameters())}
 
 
 def print_table(header, rows):

@@ -18,7 +18,7 @@ import numpy as np
 
 from common import (RANK, WORLD, UserError, at_least, check_settings, config_text, default_config, describe, load_json,
                     parse, pooling_configs, print_table, run_main, say, settings_of, write_results)
-from train_single import finished_runs, load_for_training, parse_configs, summarise, train_network
+from train_single import check_runs, finished_runs, load_for_training, parse_configs, summarise, train_network
 
 SAME = "dataset", "data_digest", "image_size", "layers", "scales"  # what a search and a training must share
 
@@ -46,7 +46,7 @@ def load_searches(args, settings):
 
 def known_runs(args, settings, stage):
     """The runs of `stage` with these settings: {(configuration, seed): run}. Says how many have others."""
-    runs = finished_runs(args, stage)
+    runs = finished_runs(args.out / stage)
     same = {key: run for key, run in runs.items() if run["args"] == settings}
     if len(same) < len(runs):
         say(f"{len(runs) - len(same)} runs of {stage}.json are left alone, for they were trained with other settings")
@@ -79,8 +79,7 @@ def main():
     if len(why) == 1 and why[usual] == "default":
         raise UserError(f"{args.out} holds no search of these images: run search_supernet.py or search_mixture.py "
                         f"first, or name configurations with --config")
-    for run in finished_runs(args, "retrain").values():
-        check_settings(f"{args.out / 'retrain.json'} or its folder", run["args"], settings)
+    check_runs(args.out / "retrain", settings)
     say(f"retraining {', '.join(f'{config_text(config)} ({reason})' for config, reason in why.items())}")
     data = load_for_training(args)
     runs = known_runs(args, settings, "single") | known_runs(args, settings, "retrain")
@@ -88,7 +87,7 @@ def main():
     for config, seed in [key for key in wanted if key not in runs][RANK::WORLD]:
         train_network(config, seed, data, args, settings, args.out / "retrain")
 
-    runs = known_runs(args, settings, "single") | finished_runs(args, "retrain")
+    runs = known_runs(args, settings, "single") | finished_runs(args.out / "retrain")
     entries = summarise({key: run for key, run in runs.items() if key[0] in why})
     results = [{**describe(config, args, len(data[2])), **entry, "why": why[config]}
                for config, entry in entries.items()]

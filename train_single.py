@@ -65,16 +65,17 @@ def train_network(config, seed, data, args, settings, folder, **notes):
         "args": settings})
 
 
-def finished_runs(args, stage):
-    """The runs that a stage has finished, on whichever rank's disk: {(configuration, seed): what its file holds}."""
-    path = args.out / f"{stage}.json"
-    mine = []
-    gathered = load_json(path) if path.exists() else {"results": []}  # perhaps copied here without the folder of runs
-    for entry in gathered["results"]:
-        for run in entry.get("runs", []):  # none in the truth of others
-            history = [h for h in gathered["history"] if (h["config"], h["seed"]) == (entry["config"], run["seed"])]
-            mine.append({**run, "config": entry["config"], "history": history, "args": gathered["args"]})
-    mine += [load_json(file) for file in sorted((args.out / stage).glob("*.json"))]
+def check_runs(folder, settings):
+    """Raise UserError where a run in the folder, finished or not, was trained with other settings."""
+    for path in sorted(folder.glob("*-seed*.pt")):
+        load_checkpoint(path, settings)
+    for path in sorted(folder.glob("*-seed*.json")):
+        check_settings(path, load_json(path).get("args", {}), settings)
+
+
+def finished_runs(folder):
+    """The finished runs in a folder, on whichever rank's disk: {(configuration, seed): what its file holds}."""
+    mine = [load_json(path) for path in sorted(folder.glob("*-seed*.json"))]
     runs = {(tuple(run["config"]), run["seed"]): run for part in gather(mine) for run in part}
     return dict(sorted(runs.items()))
 
@@ -117,16 +118,15 @@ def main():
                                           "4,3,3 7,1,2, or all; default: pooling where the channels double"))
     configs = parse_configs(args.config, args)
     settings = settings_of(args)
-    done = finished_runs(args, "single")
-    for (config, seed), run in done.items():
-        check_settings(f"{args.out / 'single.json'} or its folder", run["args"], settings)
+    done = finished_runs(args.out / "single")
+    check_runs(args.out / "single", settings)
     data = load_for_training(args)
     todo = [config for config in configs if (config, args.seed) not in done]
     todo.sort(key=count_macs, reverse=True)  # the most expensive first: no rank is left with a long tail
     for config in todo[RANK::WORLD]:
         train_network(config, args.seed, data, args, settings, args.out / "single")
 
-    runs = finished_runs(args, "single")
+    runs = finished_runs(args.out / "single")
     results = [{**describe(config, args, len(data[2])), **entry} for config, entry in summarise(runs).items()]
     if RANK == 0:
         write_results(args, "single", settings, data[2], results, "test_acc",
