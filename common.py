@@ -82,9 +82,9 @@ class ResNet20(nn.Module):
 
     x: (B, 3, S, S) normalised images; result: (B, classes) logits. A 2x2 max pooling stands before the first layer of
     every resolution after the first. Without a configuration it runs `self.config`, at first the usual one.
-    image_size: S in pixels; from 64 on a first convolution, which is not searched, brings it down to 32.
-    layers: searched layers, a 3x3 convolution and layers - 1 residual blocks (He et al., 2016); norm: what makes a
-    normalisation from a number of channels. Raises ValueError for a configuration that does not fit."""
+    image_size: S, in pixels; from 64 on a first convolution, which is not searched, brings it to 32. layers: a 3x3
+    convolution and layers - 1 residual blocks (He et al., 2016). norm: makes a normalisation of so many channels.
+    Raises ValueError for a configuration that does not fit."""
 
     def __init__(self, classes=10, image_size=32, layers=10, norm=nn.BatchNorm2d):
         super().__init__()
@@ -225,41 +225,36 @@ def read_image(path, size):
 
 
 def decode(files, size, path):
-    """Decode image files, in threads, into `path` (.npy), once: uint8 tensor (N, size, size, 3), mapped from there.
+    """Decode image files, in threads, into the file `path`, once: uint8 tensor (N, size, size, 3), mapped from there.
 
     Raises UserError that lists the files that are no images; an error of the disk or of memory is raised as it is."""
-    shape = len(files), size, size, 3
-    with contextlib.suppress(OSError, ValueError):  # missing, cut short or damaged: written anew
-        images = np.load(path, mmap_mode="c")
-        if images.shape == shape and images.dtype == np.uint8:
-            return torch.from_numpy(images)
     bad = []
 
-    def read(number):
+    def read(file):
         try:
-            output[number] = read_image(files[number], size)
+            return read_image(file, size)
         except Exception as error:  # decoders raise many kinds; all bad files are listed before giving up
             if isinstance(error, MemoryError) or getattr(error, "errno", None):
                 raise
-            bad.append(f"{files[number]} ({error})")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as temporary, ThreadPoolExecutor() as pool:
-        output = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
-        for number, _ in enumerate(pool.map(read, range(len(files)))):
-            if number % 5000 == 0:
-                say(f"decoding {number} of {len(files)} images")
-        output.flush()
-        if bad:
-            raise UserError(f"{len(bad)} files are no images that can be used, mend or remove them: "
-                            f"{'; '.join(sorted(bad)[:10])}")
-    return torch.from_numpy(np.load(path, mmap_mode="c"))
+            bad.append(f"{file} ({error})")
+            return np.empty(0, np.uint8)
+    for _ in range(2):
+        with contextlib.suppress(FileNotFoundError, ValueError):  # missing, or cut short: written anew
+            return torch.from_numpy(np.memmap(path, np.uint8, "c", shape=(len(files), size, size, 3)))
+        with whole_file(path) as temporary, open(temporary, "wb") as output, ThreadPoolExecutor() as pool:
+            for start in range(0, len(files), 4096):  # part by part, so that images do not pile up in memory
+                say(f"decoding {start} of {len(files)} images")
+                output.writelines(pool.map(read, files[start:start + 4096]))
+            if bad:
+                raise UserError(f"{len(bad)} files are no images that can be used, mend or remove them: "
+                                f"{'; '.join(sorted(bad)[:10])}")
 
 
 def list_folder(root):
     """The images below root/<class>/: ({class: files}, how many files were passed over).
 
-    What is hidden, __MACOSX, and what is no image by its suffix are passed over, and links to folders within a class
-    are not followed. Names are composed (NFC), so that two ways to write an accent are one class."""
+    Passed over: what is hidden, __MACOSX, no image by its suffix. Links to folders within a class are not followed.
+    Names are composed (NFC), so that two ways to write an accent are one class."""
     found, passed = {}, 0
     for path in sorted(root.glob("*/**/*")):
         parts = path.relative_to(root).parts
@@ -271,44 +266,41 @@ def list_folder(root):
 
 
 def list_images(name, data_dir):
-    """Food-101, or a folder with train/<class>/* and test/<class>/* (or val/): (classes, training, test, digest,
-    number of files passed over).
+    """The files of Food-101, or of a folder with train/<class>/* and test/<class>/* (or val/).
 
-    The images are pairs (files, labels). digest: stands for the names and sizes of all files. Raises UserError where
-    the folder is not like that."""
+    Returns ({part: {class: files}} with two parts, how many files were passed over). Raises UserError."""
     parts, passed = {}, 0
     if name == "food101":
-        from torchvision.datasets import Food101
         if not Path(data_dir, "food-101", "meta").exists():
-            fetch(lambda: Food101(data_dir, download=True), name, data_dir)
+            fetch("Food101", data_dir)
         for part in ("train", "test"):
             listed = load_json(Path(data_dir, "food-101", "meta", f"{part}.json"))
             parts[part] = {c: [f"{data_dir}/food-101/images/{file}.jpg" for file in listed[c]] for c in listed}
-    elif not Path(name).is_dir():
+        return parts, passed
+    if not Path(name).is_dir():
         raise UserError(f"--dataset {name}: neither a folder nor one of cifar10, cifar100, food101, synthetic")
-    for part in ("train", "test", "val") if not parts else ():
+    for part in ("train", "test", "val"):
         found, more = list_folder(Path(name, part))
-        parts, passed = parts | ({part: found} if found else {}), passed + more
+        if found and len(parts) < 2:
+            parts[part], passed = found, passed + more
     if len(parts) < 2 or "train" not in parts:
         raise UserError(f"{name} needs images in train/<class>/ and in test/<class>/ or val/<class>/; it has some in "
                         f"{', '.join(parts) or 'none of them'}")
-    (train, test), classes = list(parts.values())[:2], sorted(parts["train"])
+    train, test = parts.values()
     if {*train} != {*test} or len(train) < 2:
-        raise UserError(f"{name} needs images of the same classes, two or more, in {' and '.join([*parts][:2])}: see "
-                        f"{', '.join(sorted({*train} ^ {*test}) or classes)}")
-    listed = [([file for c in classes for file in part[c]],
-               [label for label, c in enumerate(classes) for _ in part[c]]) for part in (train, test)]
-    facts = [(label, os.path.basename(file), os.path.getsize(file)) for part in listed for file, label in zip(*part)]
-    return classes, *listed, f"{derive_seed(classes, facts):x}", passed
+        raise UserError(f"{name} needs images of the same classes, two or more, in {' and '.join(parts)}: see "
+                        f"{', '.join(sorted({*train} ^ {*test} or {*train}))}")
+    return parts, passed
 
 
-def fetch(load, name, data_dir):
-    """What `load()` returns: a torchvision data set, downloaded when missing, by one process at a time."""
+def fetch(kind, data_dir, **options):
+    """A data set of torchvision.datasets, downloaded when missing, by one process at a time. Raises UserError."""
+    import torchvision.datasets
     try:
         with locked(data_dir, wait=True):
-            return load()
+            return getattr(torchvision.datasets, kind)(data_dir, download=True, **options)
     except (RuntimeError, OSError, EOFError) as error:
-        raise UserError(f"{name} could not be downloaded to {data_dir} ({error}): unpack its archive there, or name "
+        raise UserError(f"{kind} could not be downloaded to {data_dir} ({error}): unpack its archive there, or name "
                         f"its place with --data-dir") from None
 
 
@@ -325,14 +317,12 @@ def load_dataset(name, data_dir="data", image_size=None, limit_train=None):
     if name == "synthetic":
         classes, parts = range(10), [synthetic_images(count, seed) for seed, count in enumerate(SYNTHETIC, 1)]
     elif name in MADE:
-        import torchvision.datasets
-        kind = getattr(torchvision.datasets, name.upper())
-        sets = [fetch(lambda: kind(data_dir, train=train, download=True), name, data_dir) for train in (True, False)]
+        sets = [fetch(name.upper(), data_dir, train=train) for train in (True, False)]
         classes, parts = sets[0].classes, [(part.data, part.targets) for part in sets]
     else:
-        classes, *parts, _, passed = list_images(name, data_dir)
-        say(f"{name}: {len(classes)} classes, {len(parts[0][0])} training and {len(parts[1][0])} test images; {passed} "
-            f"files were passed over (hidden, or no images by their names)")
+        listed = list_images(name, data_dir)[0].values()
+        classes = sorted({c for part in listed for c in part})
+        parts = [zip(*[(file, label) for label, c in enumerate(classes) for file in part[c]]) for part in listed]
     splits = []
     for (images, labels), limit in zip(parts, (limit_train, None)):
         order = balanced_order(labels)[:limit]
@@ -343,8 +333,8 @@ def load_dataset(name, data_dir="data", image_size=None, limit_train=None):
             version = derive_seed([(os.path.abspath(file), os.stat(file).st_mtime_ns) for file in files])
             cache = Path(data_dir if os.access(data_dir, os.W_OK) or not os.path.exists(data_dir) else "data", "cache")
             with locked(cache, wait=True):  # another process may be decoding the same files
-                images = decode(files, size, cache / f"{Path(name).resolve().name}-{size}-{version:x}.npy")
-        splits.append(Split(images, torch.as_tensor(labels)[order]))
+                images = decode(files, size, cache / f"{Path(name).resolve().name}-{size}-{version:x}.bin")
+        splits.append(Split(images, torch.tensor(labels)[order]))
     return *splits, list(classes)
 
 
@@ -424,10 +414,9 @@ def graph_place(device):
 def graphed(step, device):
     """On CUDA, replay `step(x, y, *step_args)` as one CUDA graph per shape and step_args; elsewhere return `step`.
 
-    At batch 128 a ResNet20 step is a thousand kernels of about two microseconds (H100); a graph launches them at once.
-    The first call runs eagerly (and warms up the libraries), the second captures, later ones replay. `step` returns a
-    tensor, which the next call of any graph on this device may overwrite; it must not wait for the device. Where
-    capturing fails, one line says so and all later steps run eagerly."""
+    A ResNet20 step is a thousand kernels of two microseconds (H100, batch 128); a graph launches them at once. The
+    first call runs eagerly, the second captures, later ones replay. `step` must not wait for the device; the tensor
+    that it returns may be overwritten by the next call. Where capturing fails, all runs eagerly, which is said."""
     if device.type != "cuda":
         return step
     place = graph_place(device)
@@ -530,8 +519,7 @@ class Learner:
 def evaluate(score, split, path, device, batch_size=256):
     """Accuracy, a fraction, on a Split; score(x, y, path) is that of one batch, such as `Learner.score`.
 
-    With batch statistics the answer depends a little on `batch_size` and on the order of the split, which in the
-    scripts makes every batch class-balanced (`balanced_order`)."""
+    With batch statistics it depends a little on `batch_size` and on the order, which `balanced_order` makes even."""
     correct = torch.zeros((), device=device)
     for x, y in scoring_batches(*split, batch_size, device):
         correct += score(x, y, path) * len(y)
@@ -541,9 +529,8 @@ def evaluate(score, split, path, device, batch_size=256):
 def keep_freed_memory():
     """Tell glibc to keep freed memory instead of returning it to the kernel; without glibc do nothing.
 
-    A training step frees and asks again for the same activations. By default glibc unmaps them, and the kernel zeroes
-    every page again. On two cores with AVX512-BF16 that is half the time of a bf16 step of [4,3,3]; in float32 on one
-    core with AVX2 it is 0 to 15 %."""
+    A step frees and asks again for the same activations, and the kernel zeroes every page again. On two cores with
+    AVX512-BF16 that is half the time of a bf16 step of [4,3,3]; in float32 on one core with AVX2 it is 0 to 15 %."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: heap below 1 GiB
@@ -572,8 +559,8 @@ def pick_device(name="auto", number=0):
 def pick_amp(name, device):
     """Mixed precision for a device: "bf16", "fp16" or "off". Raises UserError for what the device does not have.
 
-    `auto`: bf16 on GPUs that have it, fp16 on older ones, off on MPS; on a CPU bf16 where it has AMX or AVX512-BF16
-    (without them bf16 is up to eleven times slower than float32)."""
+    `auto`: bf16 on GPUs that have it, fp16 on older ones, off on MPS; on a CPU bf16 where it has AMX or AVX512-BF16,
+    for without them it is up to eleven times slower than float32."""
     cuda = device.type == "cuda"
     modern = cuda and torch.cuda.get_device_capability(device)[0] >= 8
     if (name == "fp16" and not cuda) or (name == "bf16" and cuda and not modern):
@@ -618,21 +605,17 @@ def locked(folder, wait):
 
     Without `wait`, a folder in use raises UserError. Where there are no locks (Windows, some network disks): go on."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    if os.name == "nt":
+    with contextlib.ExitStack() as held:
+        try:
+            import fcntl
+            handle = os.open(folder, os.O_RDONLY)
+            held.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder} is in use by another run: wait for it or choose another --out") from None
+        except (ImportError, OSError) as error:
+            say(f"{folder} has no locks ({error}): start no second run in it")
         yield
-        return
-    import fcntl
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{folder} is in use by another run: wait for it or choose another --out") from None
-    except OSError as error:
-        say(f"{folder} has no locks ({error.strerror}): start no second run in it")
-    try:
-        yield
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager
@@ -770,15 +753,15 @@ def print_table(header, rows):
         say("  ".join([row[0].ljust(widths[0]), *words[1:]]).rstrip())
 
 
-def write_results(args, name, settings, classes, results, key, counts, seconds, **extra):
-    """Write a stage's JSON, `name`.json in --out, and print its best five results, the default and the Pareto set.
+def write_results(args, name, settings, classes, results, key, counts, seconds, table=True, **extra):
+    """Write a stage's JSON, `name`.json in --out; with `table` print the best five, the default and the Pareto set.
 
     results: entries from `describe` with an accuracy `key`; counts: the images that train, score and test."""
     results = sorted(results, key=lambda r: -r[key])
     usual = list(default_config(args.layers, args.scales))
     front = [r["config"] for r in pareto(results, key)]
-    device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type
     default = next((r for r in results if r["config"] == usual), None)
+    device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type
     size = len(pooling_configs(args.layers, args.scales))
     save_json(args.out / f"{name}.json", {
         "schema": 1, "stage": name.partition("-seed")[0], "dataset": settings["dataset"], "image_size": args.image_size,
@@ -789,8 +772,9 @@ def write_results(args, name, settings, classes, results, key, counts, seconds, 
     rows = [[config_text(r["config"]) + (" default" if r is default else ""), f"{r['macs'] / 1e6:.1f}",
              f"{r[key]:.4f}", place, "*" if r["config"] in front else ""]
             for place, r in enumerate(results, 1) if place <= 5 or r is default or r["config"] in front]
-    say()
-    print_table(["configuration", "M multiply-adds", key.replace("_", " "), "place", "Pareto"], rows)
+    if table:
+        say()
+        print_table(["configuration", "M multiply-adds", key.replace("_", " "), "place", "Pareto"], rows)
     say(f"wrote {args.out / name}.json", True)
 
 
@@ -857,7 +841,13 @@ def parse(doc, add_options=lambda add: None, synthetic_epochs=7):
     if args.device.type == "cuda":
         torch.cuda.set_device(args.device)
     args.amp = pick_amp(args.amp, args.device)
-    args.data_digest = "" if args.dataset in MADE else list_images(args.dataset, args.data_dir)[3]
+    args.data_digest = ""
+    if args.dataset not in MADE:
+        parts, passed = list_images(args.dataset, args.data_dir)
+        say(f"{args.dataset}: {len(parts['train'])} classes; {passed} files were passed over (hidden, or no images by "
+            f"their names)")
+        files = [(c, Path(f).name, os.path.getsize(f)) for part in parts.values() for c in part for f in part[c]]
+        args.data_digest = f"{derive_seed(files):x}"  # the same for a copy elsewhere
     if RANK == 0:
         HELD.enter_context(locked(args.out, wait=False))
     return args

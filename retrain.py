@@ -16,8 +16,8 @@ import math
 
 import numpy as np
 
-from common import (RANK, WORLD, UserError, at_least, check_settings, config_text, default_config, describe, load_json,
-                    parse, pooling_configs, print_table, run_main, say, settings_of, write_results)
+from common import (RANK, WORLD, UserError, at_least, check_settings, config_text, default_config, describe, gather,
+                    load_json, parse, pooling_configs, print_table, run_main, say, settings_of, write_results)
 from train_single import check_runs, finished_runs, load_for_training, parse_configs, summarise, train_network
 
 SAME = "dataset", "data_digest", "image_size", "layers", "scales"  # what a search and a training must share
@@ -34,11 +34,13 @@ def load_searches(args, settings):
         try:
             search = load_json(path, "val_acc")
             check_settings(path, search.get("args", {}), {name: settings[name] for name in SAME})
+            scores = {tuple(r["config"]): r["val_acc"] for r in search["results"]}
+            if sorted(scores) != pooling_configs(args.layers, args.scales):
+                raise UserError(f"{path} does not score the whole space")
         except UserError as error:
             say(f"left alone: {error}")
             continue
-        setting = json.dumps([search["stage"], {**search["args"], "seed": None, "amp": None}], sort_keys=True)
-        scores = {tuple(r["config"]): r["val_acc"] for r in search["results"]}
+        setting = json.dumps([search.get("stage"), {**search["args"], "seed": None, "amp": None}], sort_keys=True)
         groups.setdefault(setting, []).append((path.name, scores))
     return {", ".join(name for name, _ in group): {config: np.mean([scores[config] for _, scores in group])
                                                    for config in group[0][1]} for group in groups.values()}
@@ -49,7 +51,7 @@ def known_runs(args, settings, stage):
     runs = finished_runs(args.out / stage)
     same = {key: run for key, run in runs.items() if run["args"] == settings}
     if len(same) < len(runs):
-        say(f"{len(runs) - len(same)} runs of {stage}.json are left alone, for they were trained with other settings")
+        say(f"{len(runs) - len(same)} runs in {args.out / stage} are left alone, trained with other settings")
     return same
 
 
@@ -71,7 +73,7 @@ def main():
     args = parse(__doc__, options)
     usual, settings = default_config(args.layers, args.scales), settings_of(args)
     why = {usual: "default"}
-    for names, scores in load_searches(args, settings).items():
+    for names, scores in gather(load_searches(args, settings))[0].items():  # the first rank's, with a disk of its own
         best = max(scores, key=scores.get)
         why[best] = f"{why[best]}, {names}" if best in why else f"best of {names}"
     for config in parse_configs(args.config, args):
@@ -94,18 +96,21 @@ def main():
     images = len(data[1].labels)
     if RANK == 0:
         write_results(args, "retrain", settings, data[2], results, "test_acc", (len(data[0].labels), 0, images),
-                      seconds=sum(run["seconds"] for key, run in runs.items() if key[0] in why),
+                      sum(run["seconds"] for key, run in runs.items() if key[0] in why), table=False,
                       history=[entry for key, run in runs.items() if key[0] in why for entry in run["history"]])
-    base = entries[usual]
-    rows = []
-    for config, entry in sorted(entries.items(), key=lambda item: -item[1]["test_acc"]):
-        gain, (seeds, sampling) = entry["test_acc"] - base["test_acc"], errors_of_gain(entry, base, images)
-        rows.append([config_text(config), f"{100 * entry['test_acc']:.2f}", len(entry["runs"]),
-                     *([None] * 3 if config == usual else [f"{100 * gain:+.2f}", seeds and f"{100 * seeds:.2f}",
-                                                           f"{100 * sampling:.2f}"]), why[config]])
-    say(f"\naccuracy on {images} test images, %; gain over the default, points; its standard error by the seeds, and "
+    def points(fraction, sign=""):
+        return None if fraction is None else f"{100 * fraction:{sign}.2f}"
+    base, rows = entries[usual], []
+    for r in sorted(results, key=lambda r: -r["test_acc"]):
+        gain = [None] * 3
+        if r["config"] != list(usual):
+            gain = [points(r["test_acc"] - base["test_acc"], "+"), *map(points, errors_of_gain(r, base, images))]
+        rows.append([config_text(r["config"]), f"{r['macs'] / 1e6:.1f}", points(r["test_acc"]), points(r["std"]),
+                     len(r["runs"]), *gain, r["why"]])
+    say(f"accuracy on {images} test images, %; gain over the default, points; its standard error by the seeds, and "
         f"by the number of test images (at most)")
-    print_table(["configuration", "test acc", "runs", "gain", "error, seeds", "error, images", "why"], rows)
+    print_table(["configuration", "M multiply-adds", "test acc", "deviation", "runs", "gain", "error, seeds",
+                 "error, images", "why"], rows)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def train_network(config, seed, data, args, settings, folder, **notes):
     Its weights and batches depend on `seed` and the configuration alone. data: as from `load_dataset`. folder: where
     it leaves a file with the accuracies, fractions, on all test images (`test_acc`) and on each half of them
     (`halves`, a fixed class-balanced cut), and the `notes`, beside the checkpoint with the trained weights."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)  # each rank may have a disk of its own
     path = folder / f"{'-'.join(map(str, config))}-seed{seed}"
     train, test, classes = data
     steps = steps_per_epoch(train, args.batch_size)

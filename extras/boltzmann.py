@@ -74,14 +74,12 @@ def main():
         for start in range(0, steps, BLOCK):
             block = range(start, min(start + BLOCK, steps))
             drawn = sampler.draw(len(block), (epoch * steps + start) / (args.epochs * steps), rng)
-            # zip asks from left to right and the block ends first, so that no batch is taken and lost at its end
-            for step, choice, (x, y), scored in zip(block, drawn, train_batches, score_batches):
+            for step, choice, (x, y), scored in zip(block, drawn, train_batches, score_batches):  # block ends first
                 lr = cosine_lr(epoch * steps + step, args.epochs * steps, args.lr, args.warm_up)
                 log[step, :2] = learner.train(x, y, search.configs[choice], lr)
                 log[step, 2] = learner.score(*scored, search.configs[choice])
             sampler.update(drawn, log[block.start:block.stop, 2].tolist())  # waits for the device
-        loss, accuracy, _ = log.mean(0).tolist()
-        measures = {"loss": loss, "train_acc": accuracy}
+        measures = dict(zip(("loss", "train_acc"), log.mean(0).tolist()))
         history.append(log_epoch(epoch, args.epochs, args, measures, began, steps, search.label))
         save_checkpoint(search.checkpoint, {"history": history, "visits": sampler.visits, "means": sampler.means,
                                             "learner": learner.state_dict(), "args": search.settings})

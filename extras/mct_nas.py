@@ -13,7 +13,6 @@ After Su et al., CVPR 2021, arXiv 2103.11922. No code of its search is public: t
 every configuration is scored, instead of a few that the tree leads to. Writes mct_nas.json and .pt; another seed than
 0 writes mct_nas-seed1.json and so on.
 """
-import math
 import time
 
 import numpy as np
@@ -78,9 +77,7 @@ def main():
                 lr = cosine_lr(epoch * steps + step, args.epochs * steps, args.lr, args.warm_up)
                 log[step] = learner.train(x, y, search.configs[choice], lr)
                 counts[choice] += 1
-            losses = log[block.start:block.stop, 0].tolist()  # waits for the device
-            if math.isfinite(sum(losses)):  # else the run has failed, which the end of the epoch says
-                tree.update(drawn, losses)
+            tree.update(drawn, log[block.start:block.stop, 0].nan_to_num().tolist())  # waits for the device
         loss, accuracy = log.mean(0).tolist()
         measures = {"loss": loss, "train_acc": accuracy}
         history.append(log_epoch(epoch, args.epochs, args, measures, began, steps, search.label))

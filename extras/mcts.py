@@ -1,8 +1,7 @@
 """Monte-Carlo tree search over pooling positions: a SuperNet trained along promising paths, a baseline of the paper.
 
-    python -m extras.mcts                         # CIFAR-10, 100 epochs
-    python -m extras.mcts --dataset synthetic     # a minute or two on a laptop
-    torchrun --nproc_per_node=3 -m extras.mcts    # seeds 0, 1 and 2, each on the GPU of its number
+    python -m extras.mcts                       # CIFAR-10, 100 epochs
+    python -m extras.mcts --dataset synthetic   # a minute or two on a laptop
 
 Each step walks down a tree: where is the first pooling, where the second. It takes one SGD step through what it comes
 to, scores that on one batch of the other half of the images, and tells every node on the way. Scoring makes a step
@@ -104,15 +103,13 @@ def main():
             block = range(start, min(start + BLOCK, steps))
             temperature = 0.7 * (0.01 / 0.7) ** ((epoch * steps + start) / (args.epochs * steps))  # falls over the run
             drawn = tree.draw(len(block), temperature, rng)
-            # zip asks from left to right and the block ends first, so that no batch is taken and lost at its end
-            for step, choice, (x, y), scored in zip(block, drawn, train_batches, score_batches):
+            for step, choice, (x, y), scored in zip(block, drawn, train_batches, score_batches):  # block ends first
                 lr = cosine_lr(epoch * steps + step, args.epochs * steps, args.lr, args.warm_up)
                 log[step, :2] = learner.train(x, y, search.configs[choice], lr)
                 log[step, 2] = learner.score(*scored, search.configs[choice])
                 counts[choice] += 1
             tree.update(drawn, log[block.start:block.stop, 2].tolist())  # waits for the device
-        loss, accuracy, _ = log.mean(0).tolist()
-        measures = {"loss": loss, "train_acc": accuracy}
+        measures = dict(zip(("loss", "train_acc"), log.mean(0).tolist()))
         history.append(log_epoch(epoch, args.epochs, args, measures, began, steps, search.label))
         save_checkpoint(search.checkpoint, {"history": history, "counts": counts.tolist(), "tree": tree.state,
                                             "learner": learner.state_dict(), "args": search.settings})

@@ -1,18 +1,18 @@
 """What to train next: a Gaussian process over pooling positions, cost and search scores picks each training.
 
-    python -m extras.propose                              # CIFAR-10: six trainings, three seeds of the best and default
+    python -m extras.propose                              # CIFAR-10: six trainings, then seeds of best and default
     python -m extras.propose --trainings 10 --epochs 200  # more trainings, each longer
     python -m extras.propose --max-macs 60M               # only configurations of at most 60 million multiply-adds
     python -m extras.propose --propose-only               # train nothing: what to train next, by all that is in --out
     torchrun --nproc_per_node=4 -m extras.propose         # four at a time, each on the GPU of its number
 
 `retrain.py` trusts the searches. This script learns from its own trainings as well: first the default, then, one after
-the other, what promises most by all that is known. It reads every search in --out, and the runs of train_single.py and
-retrain.py that are there and have the same settings count. One half of the test images chooses (`val_acc`); the other half, which took
-no part in any choice, is reported (`test_acc`).
+the other, what promises most by all that is known. It reads every search in --out, and the runs there of train_single
+and retrain with the same settings count as well. One half of the test images chooses (`val_acc`); the other half, which
+took no part in any choice, is reported (`test_acc`).
 
 Simulated on three known truths with 26 searches, the choice after six trainings was on average 0.11, 0.21 and 0.20
-points below the best. With the best of the search trained second: 0.20, 0.34 and 0.19. So it has no place of its own.
+points below the best. With the best of the search trained second it was 0.20, 0.34 and 0.19, so that is not done.
 
 Papers: Javan, Toews, Pedersoli, AutoML 2023, arXiv 2306.11982, section 5 (training); Rasmussen and Williams, Gaussian
 Processes for Machine Learning, 2006; Srinivas, Krause, Kakade, Seeger, Gaussian Process Optimization in the Bandit
@@ -28,7 +28,7 @@ from retrain import errors_of_gain, known_runs, load_searches
 from train_single import check_runs, load_for_training, summarise, train_network
 
 # ---- The prior: what is believed before the first training, in percentage points of accuracy -------------------------
-# Example: [4,3,3] was trained and has 90 %. A configuration that pools once one layer later or earlier, with the same
+# Example: [4,3,3] was trained and has 90 %. A configuration with one pooling a layer later or earlier, with the same
 # score and one deviation cheaper, is expected to have SLOPE less, 89.5 %. The deviation of this is the root of
 # SLOPE^2 + 2 SMOOTH^2 (1 - exp(-1^2 / (2 x 2.5^2))) + 2 OWN_VARIANCE + NOISE^2, 0.80: a chance of 0.27 to be better.
 
@@ -156,7 +156,7 @@ def main():
     space, settings, folder = pooling_configs(args.layers, args.scales), settings_of(args), args.out / "propose"
     check_runs(folder, settings)
     searches = {names: search for names, search in load_searches(args, settings).items() if set(search) == set(space)}
-    say(f"goes by pooling positions, cost and {'; '.join(searches) or 'no search: there is none here'}")
+    say(f"goes by pooling positions, cost, and the scores of {'; '.join(searches) or 'no search, for there is none'}")
     scores = gather([[search[config] for config in space] for search in searches.values()])[0]
     data = None if args.propose_only else load_for_training(args)
     fields = [describe(config, args, len(data[2]) if data else 10) for config in space]
@@ -166,7 +166,7 @@ def main():
         raise UserError(f"--max-macs {args.max_macs:.4g} is below the cheapest configuration, {macs.min():.4g}")
     taken = runs_of(args, settings, "single", "retrain")
 
-    while True:  # one round: each process trains a proposal of its own, by all that is finished
+    while True:  # rounds: each process trains a proposal of its own, made from all that is finished
         runs = taken | runs_of(args, settings, "propose")
         values, counts = observe(space, runs)
         if args.propose_only:
@@ -180,10 +180,10 @@ def main():
         for number, (index, why, mean, deviation, chance) in enumerate(proposals, known + 1):
             say(f"training {number} of {total}: {config_text(space[index])}, {why}" + (
                 f"; expected {mean:.4f} +- {deviation:.4f}, chance to beat the best so far {chance:.2f}" * (known > 0)))
-        for index, why, *_ in proposals[RANK:RANK + 1]:
+        for index, why, *_ in proposals[RANK:RANK + 1]:  # none where there are more processes than proposals
             train_network(space[index], args.seed, data, args, settings, folder, why=why, order=known + 1 + RANK)
 
-    best = int(np.nanargmax(np.where(allowed, values, math.nan)))
+    best = int(np.nanargmax(np.where(allowed, values, math.nan)))  # the choice; further seeds only measure it
     wanted = [(space[index], seed) for seed in range(args.seed, args.seed + args.runs)
               for index in dict.fromkeys([best, usual]) if allowed[index]]
     for config, seed in [key for key in wanted if key not in runs][RANK::WORLD]:
@@ -208,8 +208,7 @@ def report(args, settings, data, runs, fields, values):
         write_results(args, "propose", settings, data[2], results, "val_acc", (len(data[0].labels), chose, reported),
                       seconds=sum(run["seconds"] for run in runs.values()),
                       history=[entry for run in runs.values() for entry in run["history"]])
-    base = next((r for r in results if tuple(r["config"]) == default_config(args.layers, args.scales)), None)
-    rows = []
+    base, rows = next((r for r in results if tuple(r["config"]) == default_config(args.layers, args.scales)), None), []
     for r in sorted(results, key=lambda r: -r["val_acc"]):
         other = base or r
         gain = [f"{100 * (r['test_acc'] - other['test_acc']):+.2f}",
@@ -218,7 +217,7 @@ def report(args, settings, data, runs, fields, values):
                      len(r["runs"]), *([None] * 3 if r is other else gain), r["order"], r["why"]])
     say(f"\nval acc, %, on {chose} test images, chose {rows[0][0]}; test acc, %, on the {reported} others; gain over "
         f"the default, points; its standard error by the seeds, and by the number of test images (at most)")
-    print_table(["configuration", "val acc", "test acc", "runs", "gain", "error, seeds", "error, images", "training",
+    print_table(["configuration", "val acc", "test acc", "runs", "gain", "error, seeds", "error, images", "order",
                  "why"], rows)
 
 

@@ -47,7 +47,7 @@ def exposure(configs):
     """How well uniform draws feed each configuration: (n,), the mean over its layers of log(share), where share is the
     part of all draws that train this layer at the resolution at which this configuration runs it."""
     resolutions = np.array([np.repeat(np.arange(len(config)), config) for config in configs])  # (n, layers)
-    return np.log((resolutions[:, None] == resolutions).mean(1)).mean(1)
+    return np.log((resolutions[:, None] == resolutions).mean(1)).mean(1).round(9)  # so that ties are ties
 
 
 def figures_of(results, truth):
@@ -197,15 +197,16 @@ def main():
     parser.add_argument("--truth", type=Path, help="another JSON with true accuracies, such as the published ones")
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
     args = parser.parse_args()
-    paths = [args.folder] if args.folder.is_file() else sorted(args.folder.rglob("*.json"))
-    folder = args.folder.parent if args.folder.is_file() else args.folder
-    files = {path: data for path in paths if "results" in (data := load_json(path)) or "ways" in data}
+    single, folder = args.folder.is_file(), args.folder.parent if args.folder.is_file() else args.folder
+    files = {path: {"stage": "single", **load_json(path)} for path in
+             ([args.folder] if single else sorted(folder.rglob("*.json")))}
+    files = {path: data for path, data in files.items() if "results" in data or "ways" in data}
     if not files:
-        raise UserError(f"{folder} holds no JSON of a stage: name the --out of one, such as runs/cifar10")
-    stages = {path: data.get("stage", "single") for path, data in files.items()}
-    searches = [load_json(path, "val_acc") for path, stage in stages.items() if stage not in OTHERS]
+        raise UserError(f"{args.folder} holds no JSON of a stage: name the --out of one, such as runs/cifar10")
+    searches = [load_json(path, "val_acc") for path, data in files.items() if data["stage"] not in OTHERS]
     truth, panels = {}, {"pooling": [], "searches": [], "propose": []}
-    truths = [path for path in files if stages[path] == "single" and path in (args.folder, folder / "single.json")]
+    truths = [path for path, data in files.items() if data["stage"] == "single" and path.parent == folder
+              and (single or path.name == "single.json")]
     for path in truths + [args.truth] * bool(args.truth):
         results = load_json(path, "test_acc")["results"]
         results = sorted(({"macs": count_macs(r["config"]), **r} for r in results), key=lambda r: -r["test_acc"])
@@ -218,14 +219,14 @@ def main():
     if searches and not truth:
         show_table("The searches, not judged", SEARCH, search_rows(searches, truth), args.markdown)
     for path, data in files.items():
-        here, search = path.parent == folder, stages[path] not in OTHERS
-        if here and search and all(tuple(r["config"]) in truth for r in data["results"]):
+        here, known = path.parent == folder, all(tuple(r["config"]) in truth for r in data.get("results", []))
+        if data["stage"] not in OTHERS and here and known:
             panels["searches"].append(partial(agreement, search=data, truth=truth, title=path.stem))
-        if stages[path] in ("retrain", "propose"):
+        if data["stage"] in ("retrain", "propose"):
             show_table(f"What was trained, {path}", TRAINED, trained_rows(data), args.markdown)
             if here and any(r.get("order") for r in data["results"]):
                 panels["propose"].append(partial(progress, results=data["results"]))
-        if stages[path] == "compare":
+        if data["stage"] == "compare":
             show_table(f"Every way to search, {path}", WAYS, way_rows(data["ways"]), args.markdown)
     os.environ.pop("MPLBACKEND", None)  # that of a notebook, which need not be installed here
     try:
