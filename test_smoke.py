@@ -1,6 +1,6 @@
 """Tests: the mathematics against independent definitions, every loader, and the scripts as a user runs them.
 
-    python -m pytest -q test_smoke.py extras
+    python -m pytest -q test_smoke.py
 
 A script runs in a fork of this process, which has imported torch already: a tenth of a second instead of three. So
 these tests want Linux or a Mac, and every test that forks stands before those that train in this process.
@@ -24,6 +24,7 @@ import tempfile
 import time
 import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: a fork of many threads would hang
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asks for a GPU without starting CUDA, which no fork survives
@@ -39,11 +40,12 @@ import common
 from common import (Learner, ResNet20, Split, balanced_order, batch_statistics_norm, config_text, count_macs,
                     crop_and_flip, default_config, derive_seed, evaluate, halves, kendall_tau, load_dataset, normalise,
                     pareto, pooling_configs, read_image, save_json, scoring_batches, training_batches)
+from results import report
 from retrain import errors_of_gain
 from search_mixture import Assignment, balance
 
 HERE, CPU, FORK = Path(__file__).parent, torch.device("cpu"), multiprocessing.get_context("fork")
-RESULTS, SPACE = HERE / "results", pooling_configs()
+RESULTS, PUBLISHED, SPACE = HERE / "results", "published_cifar10_resnet20.json", pooling_configs()
 COSTS = np.array([count_macs(config) for config in SPACE])
 TINY = ["--dataset", "synthetic", "--layers", "4", "--scales", "2", "--limit-train", "96", "--batch-size", "16",
         "--epochs", "2", "--amp", "off", "--device", "cpu"]  # [1,3], [2,2] and [3,1]
@@ -534,7 +536,7 @@ def test_the_same_images_elsewhere_go_on_a_truth_of_others_judges_nothing_and_wh
     assert "[2,2] goes on after epoch 2" in run("train_single.py", *words, "pets")[0]
     run("train_single.py", *words, "pets", "--out", "whole")
     assert timeless(Path("x/single.json")) == timeless(Path("whole/single.json"))
-    for truth in (RESULTS / "synthetic/single.json", RESULTS / "published_cifar10_resnet20.json"):
+    for truth in (RESULTS / "synthetic/single.json", RESULTS / PUBLISHED):
         shutil.copy(truth, "x/single.json")
         assert run("search_supernet.py", *words, "pets")[0].count("not judged") == 1
     checkpoint = Path("x/supernet.pt")
@@ -605,6 +607,84 @@ def test_bad_input_is_one_line_and_touches_nothing(command, message):
     os.mkfifo("damaged/train/dog/pipe.png")  # to open it would wait for ever
     before, err = files("."), refused(*command.split())
     assert re.search(message, err) and files(".") == before and err.count("notes") <= 2 * 10, err
+
+
+# ---- the evidence --------------------------------------------------------------------------------------------------
+
+def test_the_tables_of_the_evidence_are_the_files():
+    page = (RESULTS / "README.md").read_text()
+    assert len(page.splitlines()) <= 170 and len(page.encode()) <= 16384
+    for folder in ("cifar10", "synthetic"):
+        shutil.copytree(RESULTS / folder, folder, ignore=lambda _, names: {"propose.json"} & {*names})
+        out, _ = run("results/report.py", folder, "--truth", RESULTS / PUBLISHED, "--markdown")
+        rows = [line for line in out.splitlines() if line.startswith("| ")]
+        assert len(rows) > 12 and not set(rows) - set(page.splitlines())
+    for folder in ("cifar10/fifty-thousand", "cifar100-25k", "food101-10"):
+        data = strict(RESULTS / folder / "propose.json")
+        trained = {row[0]: row for row in report.trained_rows(data)}
+        best = trained[config_text(data["best"]["config"])]
+        assert f"| {', '.join(trained)} | {best[0]} | {' | '.join(best[4:7])} |\n" in page
+
+
+def test_the_report_on_new_and_on_earlier_files_with_pictures(whole, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "module://of.a.notebook")
+    Path("new").mkdir(), Path("old/part").mkdir(parents=True)
+    for stage, (data, _) in whole.items():
+        save_json(f"new/{stage}.json", data)
+    out, _ = run("results/report.py", "new")
+    assert "new/single.json knows 3 configurations" in out and "  regret: true accuracy" in out
+    assert re.search(r"^SuperNet, uniform +96 +6 +\[", out, re.M) and re.search(r"^\[2,2\] .* default", out, re.M)
+    for file in "fifty-thousand/long/mixture-seed2.json", "fifty-thousand/propose.json":
+        shutil.copy(RESULTS / "cifar10" / file, "old")
+    shutil.copy(RESULTS / "synthetic/single.json", "old/part"), shutil.copy(RESULTS / PUBLISHED, "one.json")
+    out, _ = run("results/report.py", "old", "--truth", "one.json")
+    assert re.search(r"^mixture, M = 4, uniform +50000  78000  \[4,3,3\]  0.53 .* 1.49$", out, re.M)
+    assert re.search(r"^\[5,1,4\] +88.00 +87.29 +3 +-0.23 +0.23 +0.66 +proposed$", out, re.M)
+    run("results/report.py", "one.json")
+    pictures = {"pooling.png", "old/pooling.png", "old/searches.png", "old/propose.png"}
+    assert out.endswith("pip install matplotlib\n") or pictures <= files(".").keys()
+
+
+def test_exposure_against_a_count_and_a_truth_that_knows_a_part_of_the_configurations():
+    pooled = [[sum(layer >= cut for cut in itertools.accumulate(c[:-1])) for layer in range(10)] for c in SPACE]
+    fed = [sum(math.log([other[n] for other in pooled].count(mine[n]) / 36) / 10 for n in range(10)) for mine in pooled]
+    np.testing.assert_allclose(report.exposure(SPACE), fed, atol=1e-9)
+    results = [{"config": list(c), "macs": c[0], "val_acc": -c[0]} for c in SPACE]  # the best are unknown
+    figures = report.figures_of(results, {c: 0.01 * c[0] for c in SPACE if c[0] != 1})
+    assert figures == pytest.approx([-1, -kendall_tau([c[0] for c in SPACE], np.round(fed, 9)), -1, 6])
+    assert report.figures_of(results, {c: 0.5 for c in SPACE[:17]}) == [None, *figures[1:3], None]
+
+
+def test_every_way_is_compared_and_no_run_is_repeated():
+    truth = {tuple(r["config"]): r["test_acc"] for r in strict(RESULTS / "synthetic/single.json")["results"]}
+
+    def pretended_runs():
+        def search(command, **options):
+            out, seed, epochs = (command[command.index(name) + 1] for name in ("--out", "--seed", "--epochs"))
+            stage, by_cost = re.sub("search_|extras.", "", command[2]), "cost" in command
+            passes = int(epochs) * (4 if stage == "mixture" else 1)  # of nine steps
+            save_json(Path(out, f"{stage}-seed{seed}.json".replace("-seed0", "")), {
+                "stage": stage, "args": {"seed": int(seed), "batch_size": 100, "amp": "off", "models": 4},
+                "n_train": 900, "n_val": 900, "history": [{}] * passes, "results": [
+                    {"config": list(c), "macs": int(cost), "val_acc": truth[c] * (1 if by_cost else -1),
+                     "steps": passes / 4 * (1 + by_cost)} for c, cost in zip(SPACE, COSTS)]})
+            return SimpleNamespace(returncode=0)
+        importlib.import_module("subprocess").run = search
+    words = ["results/compare.py", "--truth", RESULTS / "synthetic/single.json", "--seeds", "2", "--epochs", "8",
+             "--out", "x", "--amp", "off"]
+    out, _ = run(*words, prepare=pretended_runs)
+    ways = strict("x/compare.json")["ways"]
+    assert len(ways) == 16 and {len(values) for values in ways.values()} == {2}
+    for way, cost in (("uniform", 1), ("cost", 2), ("mixture", 4 / 3), ("mixture, cost", 8 / 3), ("mcts", 4 / 3)):
+        tau, _, regret, step = ways[way][1]
+        assert (tau == 1) == (regret == 0) == ("cost" in way) and step == pytest.approx(cost, abs=1e-5)
+    assert re.search(r"^cost  .* \+2.00 \+- 0.00$", out, re.M) and re.search(r"^mcts  .* \+0.00 \+- 0.00$", out, re.M)
+    assert {path.name for path in Path("x").glob("mixture*")} == {
+        f"mixture{draws}{length}" for draws in ("", "-cost") for length in ("-epochs2", "-4-x-the-steps-epochs8")}
+    again, _ = run(*words, prepare=failing("subprocess.run", AssertionError("run again")))
+    table = out[out.index("\nway  "):]
+    assert again.endswith(table) and table in run("results/report.py", "x")[0]
+    assert "name that with --amp" in refused(*words[:-1], "bf16")
 
 
 # ---- the README ------------------------------------------------------------------------------------------------------

@@ -9,9 +9,8 @@ of the other half of the images. R is the running mean of a configuration's scor
 exponentially from 0.7 to 0.01 over the run. Scoring makes a step cost 1.33 steps of search_supernet.py, and with what
 is drawn 1.3 to 1.9.
 
-Paper: Javan, Toews, Pedersoli, AutoML 2023, arXiv 2306.11982, section 5, which gives neither code nor constants: the
-temperatures and the running mean are ours. Writes boltzmann.json and .pt; another seed than 0 writes
-boltzmann-seed1.json and so on.
+Paper: Javan, Toews, Pedersoli, AutoML 2023, arXiv 2306.11982, table 2, without code or constants: the temperatures and
+the running mean are ours. Writes boltzmann.json and .pt; another seed than 0 writes boltzmann-seed1.json and so on.
 """
 import time
 

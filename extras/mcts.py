@@ -7,9 +7,9 @@ Each step walks down a tree: where is the first pooling, where the second. It ta
 to, scores that on one batch of the other half of the images, and tells every node on the way. Scoring makes a step
 cost 1.33 steps of search_supernet.py, and with what is drawn 1.3 to 1.9.
 
-Paper: Javan, Toews, Pedersoli, AutoML 2023, arXiv 2306.11982, section 5, which gives neither code nor constants: the
-temperatures and the running mean are ours. UCT: Kocsis and Szepesvari, ECML 2006. Writes mcts.json and .pt; another
-seed than 0 writes mcts-seed1.json and so on.
+Paper: Javan, Toews, Pedersoli, AutoML 2023, arXiv 2306.11982, table 2, without code or constants: the temperatures and
+the running mean are ours. UCT: Kocsis and Szepesvari, ECML 2006. Writes mcts.json and .pt; another seed than 0 writes
+mcts-seed1.json and so on.
 """
 import math
 import time

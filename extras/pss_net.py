@@ -4,11 +4,12 @@
     python -m extras.pss_net --sampler uniform       # the sandwich alone
     python -m extras.pss_net --dataset synthetic     # a few minutes on a laptop
 
-Each step trains the most expensive configuration on the labels, the cheapest and a drawn one on its output. At the end
-each pool leaves its best as a network to deploy. A step costs 4.4 steps of search_supernet.py.
+Each step trains the most expensive configuration on the labels, and the cheapest and a drawn one on its output. In the
+end a table shows the best of each pool, for budgets of multiply-adds: with the shared weights, and calibrated, as a
+network of its own to deploy (`extract_network`). A step costs 4.4 steps of search_supernet.py.
 
-Chen, Lin, Ji, Cao, TPAMI 2023, arXiv 2109.05432, whose space is far larger. Writes pss_net.json, with `budgets`, and
-pss_net.pt; another seed than 0 writes pss_net-seed1.json and so on.
+Chen, Lin, Ji, Cao, TPAMI 2023, arXiv 2109.05432. Its space is huge; with 36 configurations, classes of equal number
+are cut along the cost. Writes pss_net.json, with `budgets`, and .pt; another seed than 0 pss_net-seed1.json and so on.
 """
 import time
 import timeit
@@ -19,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import (Learner, ResNet20, at_least, config_text, cosine_lr, derive_seed, evaluate, log_epoch, make_network,
-                    parse, pooling_configs, print_table, run_main, save_checkpoint, say, training_batches)
+                    parse, print_table, run_main, save_checkpoint, training_batches)
 from search_supernet import begin_search, finish_search, make_learner
 
 BLOCK = 36  # steps between two updates of the pools: one wait for the device instead of 36
@@ -31,12 +32,13 @@ class Pools:
     pools: for each class {configuration: running mean (0.9) of minus its loss}; what leaves a pool is forgotten."""
 
     def __init__(self, macs, classes, size):
-        self.classes = [part.tolist() for part in np.array_split(np.argsort(macs, kind="stable"), classes)]
+        order = np.argsort(macs, kind="stable")
+        self.classes = [part.tolist() for part in np.array_split(order, min(classes, len(macs)))]
         self.size, self.pools = size, [{} for _ in self.classes]
 
     def draw(self, steps, progress, rng):
-        """Draw configurations, a list of indices: from a whole class with probability 0.01 ** progress and while its
-        pool is not full, else from the pool by softmax(score / 0.01 ** progress). progress: 0..1 of the run."""
+        """Draw a class, then from all of it with probability 0.01 ** progress and while its pool is not full, else from
+        the pool by softmax(score / 0.01 ** progress). progress: 0..1 of the run. Returns indices, a list."""
         level, drawn = 0.01 ** progress, []
         for number in rng.integers(len(self.classes), size=steps):
             pool, members = self.pools[number], self.classes[number]
@@ -93,7 +95,6 @@ def main():
         add("--pools", type=at_least(1), default=6, help="classes of cost, at most one a configuration; default 6")
         add("--pool-size", type=at_least(1), default=3, help="configurations that a pool keeps; default 3")
     args = parse(__doc__, options, synthetic_epochs=24)
-    args.pools = min(args.pools, len(pooling_configs(args.layers, args.scales)))
     search = begin_search(args, "pss_net", "sampler", "pools", "pool_size")
     learner = make_learner(search, args, kind=SandwichLearner)
     sampler = Pools(search.macs, args.pools, args.pool_size)
@@ -122,9 +123,8 @@ def main():
                 sampler.update(drawn, log[block.start:block.stop, 0].nan_to_num().tolist())  # waits for the device
         measures = dict(zip(("loss", "train_acc"), log.mean(0).tolist()))
         history.append(log_epoch(epoch, args.epochs, args, measures, began, steps, search.label))
-        save_checkpoint(search.checkpoint, {"history": history, "counts": counts.tolist(),
-                                            "learner": learner.state_dict(), "pools": sampler.pools,
-                                            "args": search.settings})
+        save_checkpoint(search.checkpoint, {"history": history, "counts": counts.tolist(), "pools": sampler.pools,
+                                            "learner": learner.state_dict(), "args": search.settings})
 
     # ---- the best of each pool, or of its class, as a network of its own -------------------------------------------
     batches = training_batches(*search.training, args.batch_size, args.device, derive_seed("calibration", args.seed))
@@ -133,17 +133,16 @@ def main():
     for pool, members in zip(sampler.pools, sampler.classes):
         scores = {i: evaluate(learner.score, search.scoring, search.configs[i], args.device, args.batch_size)
                   for i in pool or members}
-        best = max(scores, key=scores.get)
-        network = make_network(args, len(search.classes))
+        best, network = max(scores, key=scores.get), make_network(args, len(search.classes))
         extract_network(learner.network.state_dict(), search.configs[best], feed, network)
-        with torch.no_grad():
+        score = Learner(network, args.device, args.amp).score
+        calibrated = evaluate(score, search.scoring, search.configs[best], args.device)
+        with torch.no_grad():  # item() waits for the device
             seconds = min(timeit.repeat(lambda: network(feed[0][:1]).sum().item(), number=1, repeat=21))
-        calibrated = evaluate(Learner(network, args.device, args.amp).score, search.scoring, None, args.device)
-        budgets.append({"budget": int(max(search.macs[members])), **search.fields[best], "val_acc": scores[best],
-                        "calibrated_val_acc": calibrated, "seconds_per_image": seconds})
-    say("budgets, in M multiply-adds: the best of each, with shared weights, and as a network of its own")
+        budgets.append({"budget": int(max(search.macs[members])), **search.fields[best], "seconds_per_image": seconds,
+                        "val_acc": round(scores[best], 6), "calibrated_val_acc": round(calibrated, 6)})
     print_table(["budget", "configuration", "M multiply-adds", "val acc", "calibrated", "ms per image"], [
-        [f"{b['budget'] / 1e6:.1f}", config_text(b["config"]), f"{b['macs'] / 1e6:.1f}", f"{b['val_acc']:.4f}",
+        [f"{b['budget'] / 1e6:.1f}M", config_text(b["config"]), f"{b['macs'] / 1e6:.1f}", f"{b['val_acc']:.4f}",
          f"{b['calibrated_val_acc']:.4f}", f"{1e3 * b['seconds_per_image']:.2f}"] for b in budgets])
     finish_search(search, args, [learner], history, [{"steps": count} for count in counts.tolist()], budgets=budgets)
 

@@ -157,9 +157,10 @@ def costs(ax, results):
     height = math.inf
     for r in reversed(front):
         if r["test_acc"] < height - apart:  # else its name would touch the one above
-            ax.annotate(config_text(r["config"]), place(r), (-8, 3), textcoords="offset points", fontsize=8, ha="right")
+            ax.annotate(config_text(r["config"]), place(r), (-1, 7), textcoords="offset points", fontsize=8, ha="right")
             height = r["test_acc"]
-    ax.set(xlabel="million multiply-adds", ylabel="test accuracy, %", xmargin=0.15, ymargin=0.1, title="against cost")
+    ax.set(xlabel="million multiply-adds", ylabel="test accuracy, %", xmargin=0.15, ymargin=0.1,
+           title="the line is the Pareto front")
     ax.set_xscale("log", subs=[2, 5])
     ax.xaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
     mark(ax, results, place, 90)
