@@ -811,7 +811,7 @@ def parse(doc, add_options=lambda add: None, synthetic_epochs=7):
     add("--image-size", type=int, choices=[16, 32, 64, 128], help="side of the square images in pixels; default 32 "
         "(food101 128, synthetic 16)")
     add("--epochs", type=at_least(1), help="passes over the training images, in the mixture for each model; default "
-        "100 (paper), on synthetic 7 for a network alone, 24 for a search and 6 for each model of a mixture")
+        "100 (paper), on synthetic 7 for a network alone, 24 for a search and 8 for each model of a mixture")
     add("--batch-size", type=at_least(2), help="images per step; default 128 (paper; synthetic 64)")
     add("--lr", type=positive, help="first learning rate, falls to 1%% of it along a cosine; default 0.1 (paper; "
         "synthetic 0.015, which rises to it in the first fifth of the steps)")

@@ -81,7 +81,7 @@ def main():
         add_sampler(add)
         add("--models", type=at_least(1), default=4, help="M, the sets of weights; default 4")
         add("--no-balance", action="store_true", help="leave p(model | configuration) unbalanced, to see what happens")
-    args = parse(__doc__, options, synthetic_epochs=6)
+    args = parse(__doc__, options, synthetic_epochs=8)
     search = begin_search(args, "mixture", "sampler", "models", "no_balance")
     learners = [make_learner(search, args, m) for m in range(args.models)]
     assignment = Assignment(len(search.configs), args.models)

@@ -705,7 +705,8 @@ def definitions(path):
 
 
 def test_each_row_of_the_copy_table_works_with_what_it_names_and_nothing_else():
-    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| `([\w/]+\.py)` \| ([^|]*) \|$", (HERE / "README.md").read_text(), re.M)
+    page = (HERE / "README.md").read_text()
+    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| `([\w/]+\.py)` \|([^|]*)\|$", page, re.M)
     assert len(rows) >= 8
     common_imports, shared = definitions(HERE / "common.py")
     for purpose, take, path, along in rows:
