@@ -7,6 +7,7 @@ these tests want Linux or a Mac, and every test that forks stands before those t
 """
 import ast
 import builtins
+import dis
 import importlib
 import itertools
 import json
@@ -715,12 +716,11 @@ def test_each_row_of_the_copy_table_works_with_what_it_names_and_nothing_else():
         source = "\n\n".join([imports, common_imports, *((shared | found)[name] for name in names)])
         module = {"__name__": "copied"}
         exec(compile(source, purpose, "exec"), module)
-        used = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
-        local = {node.arg for node in ast.walk(ast.parse(source)) if isinstance(node, ast.arg)} | {
-            node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)
-            and not isinstance(node.ctx, ast.Load)} | {
-            node.name for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.FunctionDef, ast.ExceptHandler))}
-        assert not used - local - module.keys() - set(dir(builtins)), (purpose, used - local - module.keys())
+        codes = [compile(source, purpose, "exec")]
+        for code in codes:  # the list grows by what is defined within
+            codes += [constant for constant in code.co_consts if hasattr(constant, "co_code")]
+            used = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
+            assert not used - module.keys() - set(dir(builtins)), (purpose, code.co_name)
 
 
 def code_block(word):
