@@ -163,9 +163,8 @@ def balanced_order(labels, seed=0):
 def halves(split, seed=0):
     """Cut a split into two halves, stratified by class: one trains weights, one scores (paper, section 4)."""
     order = balanced_order(split.labels, seed + 1)
-    middle = len(order) // 2
     return [Split(split.images[rows.to(split.images.device)], split.labels[rows])
-            for rows in (order[:middle], order[middle:])]
+            for rows in (order[:len(order) // 2], order[len(order) // 2:])]
 
 
 SYNTHETIC = 6_000, 4_000  # training and test images
@@ -601,9 +600,8 @@ def gather(value):
 
 @contextlib.contextmanager
 def locked(folder, wait):
-    """Make a folder and hold the kernel's lock on it, which ends with the process however that ends.
-
-    Without `wait`, a folder in use raises UserError. Where there are no locks (Windows, some network disks): go on."""
+    """Make a folder and hold the kernel's lock on it, which ends with the process. A folder in use is waited for, or
+    raises UserError. Where there are no locks (Windows, some network disks), go on without."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as held:
         try:
@@ -642,8 +640,7 @@ def save_json(path, data):
 
 
 def load_json(path, key=None):
-    """Read a JSON object. Raises UserError, naming the file, when it is damaged, or when an entry of its `results` has
-    no configuration or no number `key`."""
+    """Read a JSON object. Raises UserError when it is damaged, or an entry of its `results` has no number `key`."""
     try:
         data = dict(json.loads(Path(path).read_bytes()))
         if key and not (data["results"] and all(r["config"] and math.isfinite(r[key]) for r in data["results"])):
@@ -662,9 +659,7 @@ def save_checkpoint(path, state):
 
 
 def load_checkpoint(path, settings):
-    """What `save_checkpoint` wrote, on the CPU; None where there is no file.
-
-    Raises UserError when it is damaged or has other settings (see `check_settings`)."""
+    """What `save_checkpoint` wrote, or None. Raises UserError when it is damaged or has other settings than these."""
     if not Path(path).exists():
         return None
     try:
@@ -714,8 +709,8 @@ def log_epoch(epoch, epochs, args, measures, began, steps, label=""):
     text = "  ".join(f"{name} {value:.4f}" for name, value in measures.items())
     speed, left = steps * args.batch_size / seconds, (epochs - epoch - 1) * seconds / 60
     say(f"{label}epoch {epoch + 1}/{epochs}  {text}  lr {lr:.4f}  {speed:.0f} images/s  {left:.1f} min left", True)
-    rounded = {name: round(value, 6) for name, value in measures.items()}
-    return {"epoch": epoch + 1, **rounded, "lr": round(lr, 6), "seconds": round(seconds, 2)}
+    rounded = {name: round(value, 6) for name, value in {**measures, "lr": lr}.items()}
+    return {"epoch": epoch + 1, **rounded, "seconds": round(seconds, 2)}
 
 
 # ---- Results --------------------------------------------------------------------------------------------------------
