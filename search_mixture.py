@@ -1,7 +1,7 @@
 """Stage 3, the balanced mixture of SuperNets: M sets of weights that share out the pooling configurations.
 
     python search_mixture.py                                 # CIFAR-10: M = 4 models, 100 epochs for each
-    python search_mixture.py --dataset food101               # Food-101 at 128 pixels, which a first convolution halves
+    python search_mixture.py --dataset food101               # Food-101 at 128 pixels, behind a stride of 4
     python search_mixture.py --dataset path/to/images        # a folder with train/<class>/* and test/<class>/*
     python search_mixture.py --dataset synthetic             # a few minutes on a laptop
     python search_mixture.py --sampler cost                  # not in the paper: configurations drawn by their cost
@@ -120,15 +120,16 @@ def main():
     # ---- every configuration is scored with its most probable model, which owns it -----------------------------------
     probs, counts = assignment.probabilities(1.0, not args.no_balance), assignment.counts
     owner = probs.argmax(1).tolist()
-    say("\np(model | configuration), * where it is the owner, and how often each pair was trained")
     models = range(args.models)
-    print_table(["configuration", *(f"model {m}" for m in models), *(f"steps {m}" for m in models)], [
-        [config_text(config), *(f"{p:.2f}{'*' if m == own else ' '}" for m, p in enumerate(row)), *trained]
-        for config, row, own, trained in zip(search.configs, probs, owner, counts.tolist())])
-    say(f"configurations owned by each model: {', '.join(str(owner.count(m)) for m in models)}")
     if counts.double().mean() < 10:
         say(f"each pair of a configuration and a model was trained {counts.double().mean():.1f} times on average, "
             f"which is too few for W to mean anything: raise --epochs")
+    else:
+        say("\np(model | configuration), * where it is the owner, and how often each pair was trained")
+        print_table(["configuration", *(f"model {m}" for m in models), *(f"steps {m}" for m in models)], [
+            [config_text(config), *(f"{p:.2f}{'*' if m == own else ' '}" for m, p in enumerate(row)), *trained]
+            for config, row, own, trained in zip(search.configs, probs, owner, counts.tolist())])
+        say(f"configurations owned by each model: {', '.join(str(owner.count(m)) for m in models)}")
     finish_search(search, args, learners, history,
                   [{"model": own, "steps": sum(trained)} for own, trained in zip(owner, counts.tolist())],
                   configs=[list(config) for config in search.configs], trained=counts.tolist(),

@@ -116,7 +116,8 @@ def finish_search(search, args, learners, history, notes, **extra):
         results.append({**fields, "val_acc": round(accuracy, 6), **note})
         if time.monotonic() - shown > 10:
             shown = time.monotonic()
-            say(f"{search.label}scored {len(results)} of {len(search.configs)} configurations", every_rank=True)
+            left = (shown - began) / 60 * (len(search.configs) / len(results) - 1)
+            say(f"{search.label}scored {len(results)} of {len(search.configs)}, {left:.1f} min left", every_rank=True)
     rank = judge(args, results)
     seconds = sum(entry["seconds"] for entry in history) + time.monotonic() - began
     write_results(args, search.name, search.settings, search.classes, results, "val_acc",

@@ -572,7 +572,7 @@ def test_a_folder_in_use_a_disk_without_locks_a_presets_of_ranks_a_missing_outpu
     assert out.count("no kernel image") == 1 and strict("old/supernet.json")["env"]["device"] == "cpu"
     full = failing("torch.stack", RuntimeError("DefaultCPUAllocator: can't allocate memory"))
     assert "out of memory" in refused(*STAGES["supernet"], "--out", "full", prepare=full)
-    assert "scored 3 of 3" in run(*STAGES["supernet"], "--out", "slow", prepare=slow_clock)[0]
+    assert "scored 3 of 3, 0.0 min left" in run(*STAGES["supernet"], "--out", "slow", prepare=slow_clock)[0]
 
 
 def slow_clock():

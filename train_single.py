@@ -52,7 +52,7 @@ def train_network(config, seed, data, args, settings, folder, **notes):
             log[step] = learner.train(x, y, config, lr)
         loss, accuracy = log.mean(0).tolist()  # waits for the device
         entry = log_epoch(epoch, args.epochs, args, {"loss": loss, "train_acc": accuracy}, began, steps,
-                          f"{config_text(config)} ")
+                          f"{config_text(config)} seed {seed} ")
         history.append({"config": list(config), "seed": seed, **entry})
         save_checkpoint(path.with_suffix(".pt"), {"history": history, "learner": learner.state_dict(),
                                                   "args": settings})
