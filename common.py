@@ -211,16 +211,18 @@ def read_image(path, size):
             raise ValueError(f"{image.width} x {image.height} pixels are too many, make it smaller")
         if image.mode[0] in "IF":
             raise ValueError("more than 8 bits a channel, convert it to 8")
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            plain = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        else:
+            plain = image.convert("RGB")
         try:
-            turn = image.getexif().get(0x0112)
+            turn = image.getexif().get(0x0112)  # asked now, since a TIFF is turned when it is loaded
         except Exception:  # broken EXIF raises many kinds
             turn = None
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
+        plain = ImageOps.fit(plain.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
         turns = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
                  7: "TRANSVERSE", 8: "ROTATE_90"}  # of a square, so that it may come last
-        return np.array(image.transpose(Image.Transpose[turns[turn]]) if turn in turns else image)
+        return np.array(plain.transpose(Image.Transpose[turns[turn]]) if turn in turns else plain)
 
 
 def decode(files, size, path):
@@ -250,17 +252,27 @@ def decode(files, size, path):
 
 
 def list_folder(root):
-    """The images below root/<class>/: ({class: files}, how many files were passed over).
+    """The images below root/<class>/: ({class: files}, how many files and folders were passed over).
 
-    Passed over: what is hidden, __MACOSX, no image by its suffix. Links to folders within a class are not followed.
-    Names are composed (NFC), so that two ways to write an accent are one class."""
-    found, passed = {}, 0
-    for path in sorted(root.glob("*/**/*")):
-        parts = path.relative_to(root).parts
-        if path.suffix.lower() not in SUFFIXES or any(part.startswith((".", "__MACOSX")) for part in parts):
-            passed += path.is_file()
-        elif path.is_file():
-            found.setdefault(unicodedata.normalize("NFC", parts[0]), []).append(str(path))
+    Passed over: what is hidden, __MACOSX, no image by its suffix, a class that is a link to a parent or to another
+    class, links to folders within a class. Names are composed (NFC), so that two ways to write an accent are one
+    class. An error of the disk is raised as it is."""
+    found, passed, seen = {}, 0, {root.resolve(), *root.resolve().parents}
+
+    def fail(error):
+        raise error
+    for folder in sorted(root.iterdir()) if root.is_dir() else ():
+        if not folder.is_dir() or folder.resolve() in seen:
+            passed += 1
+            continue
+        seen.add(folder.resolve())
+        paths = [Path(place, name) for place, _, names in os.walk(folder, onerror=fail) for name in names]
+        for path in sorted(paths):
+            hidden = any(part.startswith((".", "__MACOSX")) for part in path.relative_to(root).parts)
+            if hidden or path.suffix.lower() not in SUFFIXES or not path.is_file():
+                passed += 1
+            else:
+                found.setdefault(unicodedata.normalize("NFC", folder.name), []).append(str(path))
     return found, passed
 
 
@@ -268,28 +280,27 @@ def list_images(name, data_dir):
     """The files of Food-101, or of a folder with train/<class>/* and test/<class>/* (or val/).
 
     Returns ({part: {class: files}} with two parts, how many files were passed over). Raises UserError."""
-    parts, passed = {}, 0
     if name == "food101":
+        parts = {}
         if not Path(data_dir, "food-101", "meta").exists():
             fetch("Food101", data_dir)
         for part in ("train", "test"):
             listed = load_json(Path(data_dir, "food-101", "meta", f"{part}.json"))
             parts[part] = {c: [f"{data_dir}/food-101/images/{file}.jpg" for file in listed[c]] for c in listed}
-        return parts, passed
+        return parts, 0
     if not Path(name).is_dir():
         raise UserError(f"--dataset {name}: neither a folder nor one of cifar10, cifar100, food101, synthetic")
-    for part in ("train", "test", "val"):
-        found, more = list_folder(Path(name, part))
-        if found and len(parts) < 2:
-            parts[part], passed = found, passed + more
-    if len(parts) < 2 or "train" not in parts:
+    listed = {part: list_folder(Path(name, part)) for part in ("train", "test", "val")}
+    labelled = [part for part in listed if listed[part][0]]
+    if len(labelled) < 2 or "train" not in labelled:
         raise UserError(f"{name} needs images in train/<class>/ and in test/<class>/ or val/<class>/; it has some in "
-                        f"{', '.join(parts) or 'none of them'}")
-    train, test = parts.values()
-    if {*train} != {*test} or len(train) < 2:
-        raise UserError(f"{name} needs images of the same classes, two or more, in {' and '.join(parts)}: see "
-                        f"{', '.join(sorted({*train} ^ {*test} or {*train}))}")
-    return parts, passed
+                        f"{', '.join(labelled) or 'none of them'}")
+    classes = {part: {*listed[part][0]} for part in labelled}
+    chosen = min(labelled[1:], key=lambda part: len(classes[part] ^ classes["train"]))
+    if classes[chosen] != classes["train"] or len(classes[chosen]) < 2:
+        raise UserError(f"{name} needs images of the same classes, two or more, in train and {chosen}: see "
+                        f"{', '.join(sorted(classes['train'] ^ classes[chosen] or classes['train']))}")
+    return {part: listed[part][0] for part in ("train", chosen)}, listed["train"][1] + listed[chosen][1]
 
 
 def fetch(kind, data_dir, **options):
@@ -384,7 +395,8 @@ def training_batches(images, labels, batch_size, device, seed, augment=True):
 
 def scoring_batches(images, labels, batch_size, device):
     """Every image once, unchanged: (float32 (B, C, H, W), labels int64 (B,)) in batches of nearly equal size."""
-    for rows in torch.arange(len(labels)).tensor_split(max(1, round(len(labels) / batch_size))):
+    batches = max(1, min(round(len(labels) / batch_size), len(labels) // 2))  # the batch's statistics need two images
+    for rows in torch.arange(len(labels)).tensor_split(batches):
         batch = slice(int(rows[0]), int(rows[-1]) + 1)
         yield normalise(images[batch].to(device)), labels[batch].to(device)
 
@@ -587,6 +599,9 @@ def say(text="", every_rank=False):
         print(text, flush=True)
 
 
+say_once = functools.cache(say)
+
+
 def gather(value):
     """The value of every rank, in their order, as a list. Over gloo: the one thing that processes do together."""
     if WORLD == 1:
@@ -612,7 +627,7 @@ def locked(folder, wait):
         except BlockingIOError:
             raise UserError(f"{folder} is in use by another run: wait for it or choose another --out") from None
         except (ImportError, OSError) as error:
-            say(f"{folder} has no locks ({error}): start no second run in it")
+            say_once(f"no locks here ({error}): start no second run in a folder")
         yield
 
 
@@ -673,7 +688,7 @@ def load_checkpoint(path, settings):
 
 
 SETTINGS = ("dataset", "data_digest", "image_size", "layers", "scales", "epochs", "batch_size", "lr", "warm_up",
-            "weight_decay", "limit_train", "amp")  # what determines a training, beside configuration and seed
+            "weight_decay", "limit_train", "amp", "network")  # what determines a training, with configuration and seed
 
 
 def settings_of(args, *own):
@@ -683,8 +698,8 @@ def settings_of(args, *own):
 
 def check_settings(path, found, settings):
     """Raise UserError, naming the options, where the settings `found` in the file `path` are not those of here."""
-    differ = ["--dataset (other images)" if name == "data_digest" else
-              f"--{name.replace('_', '-')} ({found.get(name)} there, {value} here)"
+    other = {"data_digest": "--dataset (other images)", "network": "make_network (another network)"}
+    differ = [other.get(name) or f"--{name.replace('_', '-')} ({found.get(name)} there, {value} here)"
               for name, value in settings.items() if found.get(name) != value]
     if differ:
         raise UserError(f"{path} is of a run with other settings: {', '.join(differ)}; use those, choose another "
@@ -839,10 +854,12 @@ def parse(doc, add_options=lambda add: None, synthetic_epochs=7):
     args.data_digest = ""
     if args.dataset not in MADE:
         parts, passed = list_images(args.dataset, args.data_dir)
-        say(f"{args.dataset}: {len(parts['train'])} classes; {passed} files were passed over (hidden, or no images by "
-            f"their names)")
+        say(f"{args.dataset}: {len(parts['train'])} classes; {passed} files passed over (hidden, linked twice, or "
+            f"no images by their names)")
         files = [(c, Path(f).name, os.path.getsize(f)) for part in parts.values() for c in part for f in part[c]]
-        args.data_digest = f"{derive_seed(files):x}"  # the same for a copy elsewhere
+        args.data_digest = f"{derive_seed(files):x}"  # of names and sizes: the same for a copy elsewhere
+    with torch.device("meta"):
+        args.network = f"{derive_seed([(name, *p.shape) for name, p in make_network(args, 10).named_parameters()]):x}"
     if RANK == 0:
         HELD.enter_context(locked(args.out, wait=False))
     return args
@@ -852,6 +869,8 @@ def run_main(main):
     """Run a script's main. A UserError and its like are one line on standard error, exit code 2."""
     try:
         keep_freed_memory()
+        with contextlib.suppress(AttributeError):  # a notebook's output has no such method
+            sys.stdout.reconfigure(errors="backslashreplace")
         return main()
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):

@@ -78,7 +78,7 @@ def main():
         why[best] = f"{why[best]}, {names}" if best in why else f"best of {names}"
     for config in parse_configs(args.config, args):
         why.setdefault(config, "--config")
-    if len(why) == 1 and why[usual] == "default":
+    if len(why) == 1 and why[usual] == "default" and not args.config:
         raise UserError(f"{args.out} holds no search of these images and this size: run search_supernet.py or "
                         f"search_mixture.py first, or name configurations with --config")
     check_runs(args.out / "retrain", settings)

@@ -7,10 +7,10 @@
     python search_mixture.py --sampler cost                  # not in the paper: configurations drawn by their cost
     torchrun --nproc_per_node=3 search_mixture.py            # seeds 0, 1 and 2, each on the GPU of its number
 
-W (configurations x M) estimates the validation accuracy of configuration a under model m. Once a block of 36 steps it
-is turned into balanced probabilities p(m | a) (the authors do so at each step, with balancing factors of the epoch's
-start). Each step draws a uniformly and m from p(m | a), trains model m through a, scores the pair on one validation
-batch, and moves W[a, m] towards that score. No earlier stage is needed.
+W (configurations x M) estimates the validation accuracy of configuration a under model m. Every 36 steps it becomes
+balanced probabilities p(m | a) (the authors do so at each step, with balancing factors of the epoch's start). Each step
+draws a uniformly and m from p(m | a), trains model m through a, scores the pair on one validation batch, and moves
+W[a, m] towards that score. No earlier stage is needed.
 
 Paper: Javan, Toews, Pedersoli, AutoML 2023, arXiv 2306.11982, section 4. Writes mixture.json and mixture.pt; another
 seed than 0 writes mixture-seed1.json and so on.

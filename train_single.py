@@ -97,7 +97,7 @@ def parse_configs(texts, args):
     space, usual = pooling_configs(args.layers, args.scales), default_config(args.layers, args.scales)
     configs = []
     for text in texts:
-        named = tuple(int(part) if part.strip().isdigit() else 0 for part in text.strip("[]()").split(","))
+        named = tuple(int(part) if part.strip().isdecimal() else 0 for part in text.strip("[]()").split(","))
         if text not in ("all", "default") and named not in space:
             raise UserError(f"--config {text}: must be {args.scales} numbers of layers, at least 1 each and "
                             f"{args.layers} in all, such as {','.join(map(str, usual))}")

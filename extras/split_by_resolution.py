@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from common import (Learner, at_least, cosine_lr, derive_seed, log_epoch, parse, run_main, save_checkpoint,
+from common import (Learner, UserError, at_least, cosine_lr, derive_seed, log_epoch, parse, run_main, save_checkpoint,
                     training_batches)
 from search_supernet import add_sampler, begin_search, draw_probabilities, finish_search, make_learner
 
@@ -57,6 +57,8 @@ def main():
         add("--split-at", type=at_least(0, float), default=0.5, help="part of the run, 0 to 1, after which layers are "
             "split; default 0.5")
     args = parse(__doc__, options, synthetic_epochs=24)
+    if args.split_at > 1:
+        raise UserError(f"--split-at {args.split_at:g}: must be from 0 to 1, a part of the run")
     search = begin_search(args, "split_by_resolution", "sampler", "split_at")
     learner = make_learner(search, args)
     probabilities = draw_probabilities(args.sampler, search.macs)

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from common import (Learner, ResNet20, batch_statistics_norm, config_text, count_macs, pooling_configs, save_json)
 from extras import boltzmann, cross_path, mct_nas, mcts, pss_net, resolution_norms, split_by_resolution
 from extras.propose import believe, chance_above, gaussian_process, propose
-from test_smoke import (COSTS, CPU, SPACE, TINY, agrees, ends_the_same_however_it_is_stopped, failing, files,  # noqa: F401
-                        in_an_empty_folder, made_up_search, refused, run, run_two_ranks, stop, strict, timeless)
+from test_smoke import (COSTS, CPU, SPACE, TINY, agrees, ends_the_same_however_it_is_stopped, failing,  # noqa: F401
+                        files, in_an_empty_folder, made_up_search, refused, run, run_two_ranks, stop, strict, timeless)
 
 METHODS = {"boltzmann": 1, "mcts": 1, "mct_nas": 1, "cross_path": 2, "pss_net --pools 2 --pool-size 1": 3,
            "pss_net --sampler uniform --seed 4": 3, "split_by_resolution --split-at 0": 1,
