@@ -53,11 +53,8 @@ def pooling_configs(layers=10, scales=3):
     """All compositions of `layers` into `scales` positive parts, as tuples in lexicographic order.
 
     pooling_configs(10, 3) is the paper's space: 36 configurations, (1, 1, 8) first, (8, 1, 1) last."""
-    configs = []
-    for cuts in itertools.combinations(range(1, layers), scales - 1):
-        edges = (0, *cuts, layers)
-        configs.append(tuple(end - start for start, end in itertools.pairwise(edges)))
-    return configs
+    return [tuple(end - start for start, end in itertools.pairwise((0, *cuts, layers)))
+            for cuts in itertools.combinations(range(1, layers), scales - 1)]
 
 
 def default_config(layers=10, scales=3):
@@ -151,9 +148,8 @@ SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".pgm", ".pbm", ".bmp", ".
 def balanced_order(labels, seed=0):
     """A shuffle (int64 tensor) in which every prefix holds the classes in the proportions of the whole, nearly."""
     labels = np.asarray(labels)
-    rng = np.random.default_rng(seed)
+    rng, position = np.random.default_rng(seed), np.empty(len(labels))
     order = rng.permutation(len(labels))
-    position = np.empty(len(labels))
     for label in np.unique(labels):
         mine = order[labels[order] == label]
         position[mine] = (np.arange(len(mine)) + rng.random(len(mine))) / len(mine)
@@ -239,9 +235,8 @@ def decode(files, size, path):
                 raise
             bad.append(f"{file} ({error})")
             return np.empty(0, np.uint8)
-    for _ in range(2):
-        with contextlib.suppress(FileNotFoundError, ValueError):  # missing, or cut short: written anew
-            return torch.from_numpy(np.memmap(path, np.uint8, "c", shape=(len(files), size, size, 3)))
+    shape = len(files), size, size, 3
+    if not path.exists() or path.stat().st_size != math.prod(shape):  # missing, or cut short
         with whole_file(path) as temporary, open(temporary, "wb") as output, ThreadPoolExecutor() as pool:
             for start in range(0, len(files), 4096):  # part by part, so that images do not pile up in memory
                 say(f"decoding {start} of {len(files)} images")
@@ -249,6 +244,7 @@ def decode(files, size, path):
             if bad:
                 raise UserError(f"{len(bad)} files are no images that can be used, mend or remove them: "
                                 f"{'; '.join(sorted(bad)[:10])}")
+    return torch.from_numpy(np.memmap(path, np.uint8, "c", shape=shape))
 
 
 def list_folder(root):
@@ -408,12 +404,12 @@ def derive_seed(*parts):
     return int(hashlib.sha256(repr(parts).encode()).hexdigest()[:16], 16) >> 1
 
 
-def cosine_lr(step, steps, lr, warm_up=0.0, floor=0.01):
-    """Learning rate of step 0..steps-1: from `lr` down to floor * lr along a cosine (paper: 0.1 to 0.001).
+def cosine_lr(step, steps, lr, warm_up=0.0):
+    """Learning rate of step 0..steps-1: from `lr` down to 1 % of it along a cosine (paper: 0.1 to 0.001).
 
     warm_up: the part of the steps, 0 to 1, in which it first rises in proportion."""
     rising = min(1.0, (step + 1) / (warm_up * steps)) if warm_up else 1.0
-    return rising * lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps)))
+    return rising * lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
 @functools.cache
@@ -509,10 +505,7 @@ class Learner:
 
     def train(self, x, y, path, lr):
         """`one_step` at learning rate `lr`, as a CUDA graph where there are such; `score` is `one_score` likewise."""
-        if torch.is_tensor(self.lr):
-            self.lr.fill_(lr)
-        else:
-            self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.param_groups[0]["lr"] = self.lr.fill_(lr) if torch.is_tensor(self.lr) else lr
         return self.step(x, y, path)
 
     def state_dict(self):
@@ -772,13 +765,13 @@ def write_results(args, name, settings, classes, results, key, counts, seconds, 
     front = [r["config"] for r in pareto(results, key)]
     default = next((r for r in results if r["config"] == usual), None)
     device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type
-    size = len(pooling_configs(args.layers, args.scales))
     save_json(args.out / f"{name}.json", {
         "schema": 1, "stage": name.partition("-seed")[0], "dataset": settings["dataset"], "image_size": args.image_size,
         "num_classes": len(classes), "n_train": counts[0], "n_val": counts[1], "n_test": counts[2],
-        "space": {"layers": args.layers, "scales": args.scales, "size": size}, "args": settings,
-        "env": {"torch": torch.__version__, "device": device, "amp": args.amp}, "seconds": round(seconds, 2),
-        "classes": classes, "results": results, "best": results[0], "default": default, "pareto": front, **extra})
+        "space": {"layers": args.layers, "scales": args.scales, "size": math.comb(args.layers - 1, args.scales - 1)},
+        "args": settings, "env": {"torch": torch.__version__, "device": device, "amp": args.amp},
+        "seconds": round(seconds, 2), "classes": classes, "results": results, "best": results[0],
+        "default": default, "pareto": front, **extra})
     rows = [[config_text(r["config"]) + (" default" if r is default else ""), f"{r['macs'] / 1e6:.1f}",
              f"{r[key]:.4f}", place, "*" if r["config"] in front else ""]
             for place, r in enumerate(results, 1) if place <= 5 or r is default or r["config"] in front]
