@@ -12,6 +12,9 @@ from functools import partial
 from pathlib import Path
 from statistics import NormalDist
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: a fork of many threads would hang
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asks for a GPU without starting CUDA, which no fork survives
+
 import numpy as np
 import pytest
 import torch
