@@ -1,21 +1,12 @@
-"""What two or more of the scripts share, in the order in which a reader needs it.
+"""What two or more of the scripts share: space, network, data, training step, runs, results, command line.
 
-    space          pooling configurations: how many layers run at each resolution
-    network        a ResNet20 whose pooling is an argument, and its cost
-    data           CIFAR, Food-101, a folder of images, a made-up set; batches cut and augmented on the device
-    step           one SGD step with automatic mixed precision, replayed as a CUDA graph; scoring
-    runs           several processes, files that appear whole or not at all, a run that goes on after its last epoch
-    results        Kendall's tau, the Pareto front, the JSON of a stage
-    command line   the options of every script, errors as one line
-
-The first four parts take tensors and plain numbers, so copy what you need; the rest serves the scripts.
+Up to the training step functions take tensors and plain numbers, to be copied; the rest serves the scripts.
 "Paper": Javan, Toews, Pedersoli, "Balanced Mixture of SuperNets for Learning the CNN Pooling Architecture", AutoML
 2023, arXiv 2306.11982.
 """
 import argparse
 import contextlib
 import ctypes
-import functools
 import hashlib
 import io
 import itertools
@@ -28,7 +19,7 @@ import time
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -75,24 +66,21 @@ batch_statistics_norm = partial(nn.BatchNorm2d, affine=False, track_running_stat
 
 
 class ResNet20(nn.Module):
-    """ResNet20 for small images whose pooling is an argument: `forward(x, config)` (paper, section 3).
+    """ResNet20 for small images (He et al., 2016) whose pooling is an argument: `forward(x, config)` (paper, section 3).
 
     x: (B, 3, S, S) normalised images; result: (B, classes) logits. A 2x2 max pooling stands before the first layer of
-    every resolution after the first. Without a configuration it runs `self.config`, at first the usual one.
-    image_size: S, in pixels; from 64 on a first convolution, which is not searched, brings it to 32. layers: a 3x3
-    convolution and layers - 1 residual blocks (He et al., 2016). norm: makes a normalisation of so many channels.
-    Raises ValueError for a configuration that does not fit."""
+    each resolution but the first. config: by default `self.config`, at first the usual one; ValueError if it does not
+    fit. image_size: S in pixels; from 64 on a first convolution, which is not searched, brings it to 32. layers: a 3x3
+    convolution and layers - 1 residual blocks. norm: makes a normalisation of so many channels."""
 
     def __init__(self, classes=10, image_size=32, layers=10, norm=nn.BatchNorm2d):
         super().__init__()
         stride = max(1, image_size // 32)
-        self.stem = nn.Identity()
+        self.stem, channels = nn.Identity(), 3
         if stride > 1:
-            self.stem = Conv2dNormActivation(3, 16, 2 * stride - 1, stride, norm_layer=norm)
-        self.layers = nn.ModuleList([Conv2dNormActivation(3 if stride == 1 else 16, 16, norm_layer=norm)])
-        widths = []
-        for width, count in zip((16, 32, 64), default_config(layers, 3)):  # 16 x4, 32 x3, 64 x3: these never move
-            widths += [width] * count
+            self.stem, channels = Conv2dNormActivation(3, 16, 2 * stride - 1, stride, norm_layer=norm), 16
+        self.layers = nn.ModuleList([Conv2dNormActivation(channels, 16, norm_layer=norm)])
+        widths = np.repeat([16, 32, 64], default_config(layers, 3)).tolist()  # 16 x4, 32 x3, 64 x3: these never move
         for inputs, outputs in itertools.pairwise(widths):
             block = BasicBlock(inputs, outputs, norm_layer=norm)
             if inputs != outputs:
@@ -122,10 +110,9 @@ def make_network(args, classes, norm=nn.BatchNorm2d):
 
 
 def count_macs(config, network=None, image_size=32):
-    """Multiply-adds of one image: convolutions and linear layers, as is usual. 40.8 M for (4, 3, 3).
+    """Multiply-adds of one image in convolutions and linear layers: 40.8 million for (4, 3, 3).
 
-    network: takes (x, config), on torch's "meta" device, where only shapes are computed; by default a ResNet20 for 10
-    classes. image_size: side of the images in pixels."""
+    network: takes (x, config), on the "meta" device; by default a ResNet20 of 10 classes. image_size: in pixels."""
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         network = network or ResNet20(10, image_size, sum(config), nn.Identity)
         network(torch.empty(1, 3, image_size, image_size), config)
@@ -172,11 +159,10 @@ GLYPHS = ("010110100 110010010", "010010110 100101010", "011100100 001111000", "
 def synthetic_images(n, seed):
     """Ten balanced classes on which it matters where a network pools: (uint8 (n, 16, 16, 3), int64 (n,)).
 
-    A class is a pair of glyphs of 3x3 pixels. Five times one of the two is drawn at a random place of the upper half;
-    the lower half shows, twice, glyphs of another class, which do not count. Each is mirrored or not, bright or dark.
-    Colours and noise (deviation 10 to 40 of 255) vary from image to image. `seed` draws the images, not the classes.
+    A class is a pair of glyphs of 3x3 pixels. The upper half of an image shows five of its class, the lower half two of
+    another, which do not count; each is mirrored or not, bright or dark. `seed` draws the images, not the classes.
     Glyphs may differ in a single pixel, which an early pooling blurs. Which half they are in shows only to layers with
-    a wide view, so with nearly every layer at full resolution it is learned late."""
+    a wide view, which a network has late when nearly every layer runs at full resolution."""
     glyphs = np.array([[int(cell) for cell in pair.replace(" ", "")] for pair in GLYPHS]).reshape(10, 2, 3, 3) * 2 - 1
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(n) % 10)
@@ -196,8 +182,8 @@ def synthetic_images(n, seed):
 def read_image(path, size):
     """Decode an image file to uint8 (size, size, 3): upright, shorter side resized, centre square, on white.
 
-    What is attached to an image (EXIF, colour profile, text) never decides whether it is read. Raises OSError or
-    ValueError for what is no image, has more than 8 bits a channel or 500 million pixels."""
+    What is attached to it (EXIF, colour profile, text) never decides whether it is read. Lifts Pillow's limits on size
+    for the process. Raises OSError or ValueError: no image, more than 8 bits a channel or 500 million pixels."""
     from PIL import Image, ImageOps, PngImagePlugin
     Image.MAX_IMAGE_PIXELS = None  # Pillow refuses large images before it knows how large they are decoded
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 30
@@ -211,10 +197,9 @@ def read_image(path, size):
             plain = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         else:
             plain = image.convert("RGB")
-        try:
+        turn = None
+        with contextlib.suppress(Exception):  # broken EXIF raises many kinds
             turn = image.getexif().get(0x0112)  # asked now, since a TIFF is turned when it is loaded
-        except Exception:  # broken EXIF raises many kinds
-            turn = None
         plain = ImageOps.fit(plain.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
         turns = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
                  7: "TRANSVERSE", 8: "ROTATE_90"}  # of a square, so that it may come last
@@ -242,80 +227,72 @@ def decode(files, size, path):
                 say(f"decoding {start} of {len(files)} images")
                 output.writelines(pool.map(read, files[start:start + 4096]))
             if bad:
-                raise UserError(f"{len(bad)} files are no images that can be used, mend or remove them: "
+                raise UserError(f"{len(bad)} files are no images that can be used, repair or remove them: "
                                 f"{'; '.join(sorted(bad)[:10])}")
     return torch.from_numpy(np.memmap(path, np.uint8, "c", shape=shape))
 
 
 def list_folder(root):
-    """The images below root/<class>/: ({class: files}, how many files and folders were passed over).
+    """The images below root/<class>/: ({class: files}, how many files and folders were skipped).
 
-    Passed over: what is hidden, __MACOSX, no image by its suffix, a class that is a link to a parent or to another
-    class, links to folders within a class. Names are composed (NFC), so that two ways to write an accent are one
-    class. An error of the disk is raised as it is."""
-    found, passed, seen = {}, 0, {root.resolve(), *root.resolve().parents}
+    Skipped: what is hidden, __MACOSX, no image by its suffix, links to folders but for a class elsewhere. Names are
+    composed (NFC), so that two ways to write an accent are one class. OSError is raised as it is."""
+    found, skipped, seen = {}, 0, {root.resolve(), *root.resolve().parents}
 
     def fail(error):
         raise error
     for folder in sorted(root.iterdir()) if root.is_dir() else ():
-        if not folder.is_dir() or folder.resolve() in seen:
-            passed += 1
-            continue
-        seen.add(folder.resolve())
-        paths = [Path(place, name) for place, _, names in os.walk(folder, onerror=fail) for name in names]
-        for path in sorted(paths):
-            hidden = any(part.startswith((".", "__MACOSX")) for part in path.relative_to(root).parts)
-            if hidden or path.suffix.lower() not in SUFFIXES or not path.is_file():
-                passed += 1
-            else:
-                found.setdefault(unicodedata.normalize("NFC", folder.name), []).append(str(path))
-    return found, passed
+        paths = []
+        if folder.is_dir() and folder.resolve() not in seen:
+            seen.add(folder.resolve())
+            paths = sorted(Path(place, name) for place, _, names in os.walk(folder, onerror=fail) for name in names)
+        images = [str(path) for path in paths if path.suffix.lower() in SUFFIXES and path.is_file() and not
+                  any(part.startswith((".", "__MACOSX")) for part in path.relative_to(root).parts)]
+        skipped += max(1, len(paths)) - len(images)
+        if images:
+            found.setdefault(unicodedata.normalize("NFC", folder.name), []).extend(images)
+    return found, skipped
 
 
 def list_images(name, data_dir):
     """The files of Food-101, or of a folder with train/<class>/* and test/<class>/* (or val/).
 
-    Returns ({part: {class: files}} with two parts, how many files were passed over). Raises UserError."""
+    Returns (training and test {class: files}, how many files were skipped). Raises UserError."""
     if name == "food101":
-        parts = {}
-        if not Path(data_dir, "food-101", "meta").exists():
+        root = Path(data_dir, "food-101")
+        if not (root / "meta").exists():
             fetch("Food101", data_dir)
-        for part in ("train", "test"):
-            listed = load_json(Path(data_dir, "food-101", "meta", f"{part}.json"))
-            parts[part] = {c: [f"{data_dir}/food-101/images/{file}.jpg" for file in listed[c]] for c in listed}
-        return parts, 0
+        listed = [load_json(root / "meta" / f"{part}.json") for part in ("train", "test")]
+        return [{c: [f"{root}/images/{file}.jpg" for file in part[c]] for c in part} for part in listed], 0
     if not Path(name).is_dir():
         raise UserError(f"--dataset {name}: neither a folder nor one of cifar10, cifar100, food101, synthetic")
-    listed = {part: list_folder(Path(name, part)) for part in ("train", "test", "val")}
-    labelled = [part for part in listed if listed[part][0]]
-    if len(labelled) < 2 or "train" not in labelled:
-        raise UserError(f"{name} needs images in train/<class>/ and in test/<class>/ or val/<class>/; it has some in "
-                        f"{', '.join(labelled) or 'none of them'}")
-    classes = {part: {*listed[part][0]} for part in labelled}
-    chosen = min(labelled[1:], key=lambda part: len(classes[part] ^ classes["train"]))
-    if classes[chosen] != classes["train"] or len(classes[chosen]) < 2:
-        raise UserError(f"{name} needs images of the same classes, two or more, in train and {chosen}: see "
-                        f"{', '.join(sorted(classes['train'] ^ classes[chosen] or classes['train']))}")
-    return {part: listed[part][0] for part in ("train", chosen)}, listed["train"][1] + listed[chosen][1]
+    train, *others = [list_folder(Path(name, part)) for part in ("train", "test", "val")]
+    test = min(others, key=lambda other: len(other[0].keys() ^ train[0].keys()))
+    differ = sorted(train[0].keys() ^ test[0].keys())
+    if differ or len(train[0]) < 2:
+        raise UserError(f"{name} needs images of two classes or more in train/<class>/, and of the same classes in "
+                        f"test/<class>/ or val/<class>/: see {', '.join(differ[:10]) or 'train/'}")
+    return [train[0], test[0]], train[1] + test[1]
 
 
 def fetch(kind, data_dir, **options):
-    """A data set of torchvision.datasets, downloaded when missing, by one process at a time. Raises UserError."""
+    """A data set of torchvision.datasets, downloaded if missing, by one process at a time. Raises UserError."""
     import torchvision.datasets
     try:
-        with locked(data_dir, wait=True):
+        with lock(data_dir, wait=True):
             return getattr(torchvision.datasets, kind)(data_dir, download=True, **options)
     except (RuntimeError, OSError, EOFError) as error:
         raise UserError(f"{kind} could not be downloaded to {data_dir} ({error}): unpack its archive there, or name "
                         f"its place with --data-dir") from None
 
 
-def load_dataset(name, data_dir="data", image_size=None, limit_train=None):
+def load_dataset(name, data_dir="data", image_size=None, limit_train=None, device=torch.device("cpu")):
     """Load `cifar10`, `cifar100`, `food101`, `synthetic` or a folder of images with train/ and test/ (or val/).
 
-    data_dir: where data sets are kept and downloaded to, and decoded images cached (in data/cache where it cannot be
-    written). limit_train: only the first images of a fixed class-balanced shuffle, which is the order of every split.
-    Returns (training Split, test Split, names of the classes), on the CPU. Raises UserError."""
+    data_dir: where data sets are kept and downloaded to, and decoded images cached (read-only: in data/cache).
+    limit_train: only the first images of a fixed class-balanced shuffle, which is the order of every split. device: a
+    CUDA GPU to move them to, if it has twice the room. Returns (training Split, test Split, names of the classes).
+    Raises UserError."""
     usual = IMAGE_SIZE.get(name, 32)
     size = image_size or usual
     if name in MADE and size != usual:
@@ -326,8 +303,8 @@ def load_dataset(name, data_dir="data", image_size=None, limit_train=None):
         sets = [fetch(name.upper(), data_dir, train=train) for train in (True, False)]
         classes, parts = sets[0].classes, [(part.data, part.targets) for part in sets]
     else:
-        listed = list_images(name, data_dir)[0].values()
-        classes = sorted({c for part in listed for c in part})
+        listed = list_images(name, data_dir)[0]
+        classes = sorted(listed[0])
         parts = [zip(*[(file, label) for label, c in enumerate(classes) for file in part[c]]) for part in listed]
     splits = []
     for (images, labels), limit in zip(parts, (limit_train, None)):
@@ -338,23 +315,18 @@ def load_dataset(name, data_dir="data", image_size=None, limit_train=None):
             files = [images[row] for row in order]
             version = derive_seed([(os.path.abspath(file), os.stat(file).st_mtime_ns) for file in files])
             cache = Path(data_dir if os.access(data_dir, os.W_OK) or not os.path.exists(data_dir) else "data", "cache")
-            with locked(cache, wait=True):  # another process may be decoding the same files
+            with lock(cache, wait=True):  # another process may be decoding the same files
                 images = decode(files, size, cache / f"{Path(name).resolve().name}-{size}-{version:x}.bin")
+        if device.type == "cuda" and 2 * images.nbytes < torch.cuda.mem_get_info(device)[0]:
+            images = images.to(device)
         splits.append(Split(images, torch.tensor(labels)[order]))
     return *splits, list(classes)
-
-
-def to_device(split, device):
-    """Move a split's images to a CUDA GPU that has twice the room; else leave them mapped or in main memory."""
-    if device.type == "cuda" and 2 * split.images.nbytes < torch.cuda.mem_get_info(device)[0]:
-        return Split(split.images.to(device), split.labels)
-    return split
 
 
 def crop_and_flip(images, top, left, flip, pad):
     """Pad with black by `pad` pixels, cut a window of the old size, mirror: a whole batch in one gather.
 
-    images: uint8 (B, H, W, C); top, left: int64 (B,) in 0..2 pad; flip: bool (B,), all on one device."""
+    images: uint8 (B, H, W, C); top, left: int64 (B,), 0 to 2 pad; flip: bool (B,), all on one device."""
     count, height, width, _ = images.shape
     padded = F.pad(images, (0, 0, pad, pad, pad, pad))
     across = torch.arange(width, device=images.device)
@@ -389,14 +361,6 @@ def training_batches(images, labels, batch_size, device, seed, augment=True):
         yield normalise(x), labels[batch]
 
 
-def scoring_batches(images, labels, batch_size, device):
-    """Every image once, unchanged: (float32 (B, C, H, W), labels int64 (B,)) in batches of nearly equal size."""
-    batches = max(1, min(round(len(labels) / batch_size), len(labels) // 2))  # the batch's statistics need two images
-    for rows in torch.arange(len(labels)).tensor_split(batches):
-        batch = slice(int(rows[0]), int(rows[-1]) + 1)
-        yield normalise(images[batch].to(device)), labels[batch].to(device)
-
-
 # ---- Step -----------------------------------------------------------------------------------------------------------
 
 def derive_seed(*parts):
@@ -407,12 +371,12 @@ def derive_seed(*parts):
 def cosine_lr(step, steps, lr, warm_up=0.0):
     """Learning rate of step 0..steps-1: from `lr` down to 1 % of it along a cosine (paper: 0.1 to 0.001).
 
-    warm_up: the part of the steps, 0 to 1, in which it first rises in proportion."""
+    warm_up: the part of the steps, 0 to 1, in which it first rises."""
     rising = min(1.0, (step + 1) / (warm_up * steps)) if warm_up else 1.0
     return rising * lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-@functools.cache
+@cache
 def graph_place(device):
     """What all CUDA graphs on a device share, for no two run at the same time, and whether capturing works."""
     return SimpleNamespace(stream=torch.cuda.Stream(device), pool=torch.cuda.graph_pool_handle(), works=True)
@@ -426,10 +390,7 @@ def graphed(step, device):
     that it returns may be overwritten by the next call. Where capturing fails, all runs eagerly, which is said."""
     if device.type != "cuda":
         return step
-    place = graph_place(device)
-    seen = set()
-    captured = {}
-    static_inputs = {}
+    place, seen, captured, static_inputs = graph_place(device), set(), {}, {}
 
     def run(x, y, *step_args):
         shape, key = tuple(x.shape), (tuple(x.shape), step_args)
@@ -461,8 +422,8 @@ def graphed(step, device):
 class Learner:
     """A network with its optimiser and gradient scaler: training and scoring of single batches, never waiting.
 
-    network: takes (x, path), path a configuration; amp: "bf16", "fp16" or "off"; graphs: whether steps are replayed as
-    CUDA graphs, of which there is one for each path. To learn something else, override `loss`."""
+    network: takes (x, path), path a tuple; device: a torch.device; amp: "bf16", "fp16" or "off"; graphs: replay steps
+    as CUDA graphs, one for each path, whose results the next step overwrites. To learn otherwise, override `loss`."""
 
     def __init__(self, network, device, amp="off", weight_decay=0.0, graphs=True):
         self.network = network.to(device, memory_format=torch.channels_last)
@@ -523,18 +484,18 @@ class Learner:
 def evaluate(score, split, path, device, batch_size=256):
     """Accuracy, a fraction, on a Split; score(x, y, path) is that of one batch, such as `Learner.score`.
 
-    With batch statistics it depends a little on `batch_size` and on the order, which `balanced_order` makes even."""
-    correct = torch.zeros((), device=device)
-    for x, y in scoring_batches(*split, batch_size, device):
-        correct += score(x, y, path) * len(y)
-    return correct.item() / len(split.labels)
+    Batches have nearly equal sizes. A SuperNet's score depends a little on them, since it uses their statistics."""
+    correct, count = torch.zeros((), device=device), len(split.labels)
+    batches = max(1, min(round(count / batch_size), count // 2))  # the statistics of a batch need two images
+    for images, y in zip(*(column.tensor_split(batches) for column in split)):
+        correct += score(normalise(images.to(device)), y.to(device), path) * len(y)
+    return correct.item() / count
 
 
 def keep_freed_memory():
-    """Tell glibc to keep freed memory instead of returning it to the kernel; without glibc do nothing.
+    """Tell glibc, if there is one, to keep freed memory, whose pages the kernel would zero again in every step.
 
-    A step frees and asks again for the same activations, and the kernel zeroes every page again. On two cores with
-    AVX512-BF16 that is half the time of a bf16 step of [4,3,3]; in float32 on one core with AVX2 it is 0 to 15 %."""
+    That is half the time of a bf16 step on two cores with AVX512-BF16; in float32 with AVX2 it is 0 to 15 %."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: heap below 1 GiB
@@ -563,8 +524,8 @@ def pick_device(name="auto", number=0):
 def pick_amp(name, device):
     """Mixed precision for a device: "bf16", "fp16" or "off". Raises UserError for what the device does not have.
 
-    `auto`: bf16 on GPUs that have it, fp16 on older ones, off on MPS; on a CPU bf16 where it has AMX or AVX512-BF16,
-    for without them it is up to eleven times slower than float32."""
+    `auto`: bf16 on GPUs that have it, fp16 on older ones, off on MPS; on a CPU bf16 with AMX or AVX512-BF16, since
+    without them it is up to eleven times slower than float32."""
     cuda = device.type == "cuda"
     modern = cuda and torch.cuda.get_device_capability(device)[0] >= 8
     if (name == "fp16" and not cuda) or (name == "bf16" and cuda and not modern):
@@ -583,7 +544,6 @@ BY_TORCHRUN = dist.is_torchelastic_launched()  # RANK and WORLD_SIZE alone may b
 RANK = int(os.environ["RANK"]) if BY_TORCHRUN else 0  # the number of this process, of WORLD in all
 WORLD = int(os.environ["WORLD_SIZE"]) if BY_TORCHRUN else 1
 LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if BY_TORCHRUN else 0
-HELD = contextlib.ExitStack()  # what this process holds until it ends
 
 
 def say(text="", every_rank=False):
@@ -592,7 +552,7 @@ def say(text="", every_rank=False):
         print(text, flush=True)
 
 
-say_once = functools.cache(say)
+say_once = cache(say)
 
 
 def gather(value):
@@ -606,22 +566,22 @@ def gather(value):
     return values
 
 
-@contextlib.contextmanager
-def locked(folder, wait):
-    """Make a folder and hold the kernel's lock on it, which ends with the process. A folder in use is waited for, or
-    raises UserError. Where there are no locks (Windows, some network disks), go on without."""
+def lock(folder, wait):
+    """Make a folder and lock it for this process: an ExitStack that unlocks it, as the end of the process does.
+
+    A folder in use is waited for, or raises UserError. Without locks (Windows, some network disks) go on."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as held:
-        try:
-            import fcntl
-            handle = os.open(folder, os.O_RDONLY)
-            held.callback(os.close, handle)
-            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder} is in use by another run: wait for it or choose another --out") from None
-        except (ImportError, OSError) as error:
-            say_once(f"no locks here ({error}): start no second run in a folder")
-        yield
+    held = contextlib.ExitStack()
+    try:
+        import fcntl
+        handle = os.open(folder, os.O_RDONLY)
+        held.callback(os.close, handle)
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder} is in use by another run: wait for it or choose another --out") from None
+    except (ImportError, OSError) as error:
+        say_once(f"no locks here ({error}): start no second run in a folder")
+    return held
 
 
 @contextlib.contextmanager
@@ -667,16 +627,17 @@ def save_checkpoint(path, state):
 
 
 def load_checkpoint(path, settings):
-    """What `save_checkpoint` wrote, or None. Raises UserError when it is damaged or has other settings than these."""
+    """What `save_checkpoint` wrote, or None. Raises UserError if it is damaged or has other settings than these."""
     if not Path(path).exists():
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        found = state["args"]
     except (OSError, MemoryError):
         raise
     except Exception as error:  # whatever a damaged file makes zip and unpickler raise
         raise UserError(f"{path} is damaged ({error}): delete it to start over") from None
-    check_settings(path, state["args"], settings)
+    check_settings(path, found, settings)
     return state
 
 
@@ -801,33 +762,30 @@ def at_least(low, kind=int):
 
 
 def parse(doc, add_options=lambda add: None, synthetic_epochs=7):
-    """Parse the command line. doc: the script's docstring; add_options(add): adds the script's own options.
+    """Parse the command line and lock --out. doc: the script's docstring; add_options(add) adds its own options.
 
-    Returns the namespace with defaults filled in, `device` a torch.device, and the digest of the images. Locks the
-    folder --out for this process. Raises UserError."""
+    Returns the namespace with defaults filled in, `device` a torch.device, digests of images and network. Raises
+    UserError."""
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     positive = at_least(sys.float_info.min, float)
     add("--dataset", default="cifar10", help="cifar10 (default), cifar100, food101, synthetic, or a folder of images")
     add("--data-dir", default="data", help="folder where data sets are kept and downloaded to; default data")
     add("--out", type=Path, help="folder of the JSON files and checkpoints; default runs/<dataset>")
-    add("--image-size", type=int, choices=[16, 32, 64, 128], help="side of the square images in pixels; default 32 "
-        "(food101 128, synthetic 16)")
-    add("--epochs", type=at_least(1), help="passes over the training images, in the mixture for each model; default "
-        "100 (paper), on synthetic 7 for a network alone, 24 for a search and 8 for each model of a mixture")
-    add("--batch-size", type=at_least(2), help="images per step; default 128 (paper; synthetic 64)")
-    add("--lr", type=positive, help="first learning rate, falls to 1%% of it along a cosine; default 0.1 (paper; "
-        "synthetic 0.015, which rises to it in the first fifth of the steps)")
+    add("--image-size", type=int, choices=[16, 32, 64, 128], help="pixels; default 32, food101 128, synthetic 16")
+    add("--epochs", type=at_least(1), help=f"passes over the training images, in a mixture for each model; default 100 "
+        f"(paper), synthetic {synthetic_epochs}")
+    add("--batch-size", type=at_least(2), help="images per step; default 128 (paper), synthetic 64")
+    add("--lr", type=positive, help="learning rate, falls along a cosine to 1%%; default 0.1 (paper), synthetic 0.015, "
+        "to which it rises in the first fifth of the steps")
     add("--weight-decay", type=at_least(0, float), default=0.0, help="L2 penalty; default 0 (paper)")
-    add("--seed", type=at_least(0), default=0, help="of everything random; default 0; under torchrun a search adds the "
-        "number of its process")
+    add("--seed", type=at_least(0), default=0, help="default 0; a search under torchrun adds the process's number")
     add("--layers", type=at_least(3), default=10, help="searched layers; default 10, a ResNet20")
     add("--scales", type=at_least(1), default=3, help="resolutions; default 3")
     add("--device", default="auto", help="auto (default: cuda, then mps, then cpu) or a torch device")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="mixed precision; default auto: what "
         "the GPU has; on a CPU bf16 where it has AMX or AVX512-BF16, else off")
-    add("--limit-train", type=at_least(1), help="use only the first N training images of a fixed class-balanced "
-        "shuffle")
+    add("--limit-train", type=at_least(1), help="first N training images of a fixed class-balanced shuffle; default all")
     add_options(add)
     args = parser.parse_args()
     synthetic = args.dataset == "synthetic"  # few steps: at a rate of 0.1 some configurations would not begin to learn
@@ -846,15 +804,15 @@ def parse(doc, add_options=lambda add: None, synthetic_epochs=7):
     args.amp = pick_amp(args.amp, args.device)
     args.data_digest = ""
     if args.dataset not in MADE:
-        parts, passed = list_images(args.dataset, args.data_dir)
-        say(f"{args.dataset}: {len(parts['train'])} classes; {passed} files passed over (hidden, linked twice, or "
-            f"no images by their names)")
-        files = [(c, Path(f).name, os.path.getsize(f)) for part in parts.values() for c in part for f in part[c]]
+        parts, skipped = list_images(args.dataset, args.data_dir)
+        files = [(c, Path(f).name, os.path.getsize(f)) for part in parts for c in part for f in part[c]]
+        say(f"{args.dataset}: {len(parts[0])} classes, {len(files)} images; skipped {skipped} files (hidden, linked "
+            f"twice, or no images by their names)")
         args.data_digest = f"{derive_seed(files):x}"  # of names and sizes: the same for a copy elsewhere
     with torch.device("meta"):
         args.network = f"{derive_seed([(name, *p.shape) for name, p in make_network(args, 10).named_parameters()]):x}"
     if RANK == 0:
-        HELD.enter_context(locked(args.out, wait=False))
+        lock(args.out, wait=False)  # until the process ends
     return args
 
 
@@ -862,8 +820,6 @@ def run_main(main):
     """Run a script's main. A UserError and its like are one line on standard error, exit code 2."""
     try:
         keep_freed_memory()
-        with contextlib.suppress(AttributeError):  # a notebook's output has no such method
-            sys.stdout.reconfigure(errors="backslashreplace")
         return main()
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):

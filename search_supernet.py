@@ -24,7 +24,7 @@ import torch
 from common import (RANK, WORLD, Learner, UserError, batch_statistics_norm, check_settings, config_text, cosine_lr,
                     derive_seed, describe, evaluate, halves, kendall_tau, load_checkpoint, load_dataset, load_json,
                     log_epoch, make_network, parse, pooling_configs, run_main, save_checkpoint, say, settings_of,
-                    steps_per_epoch, to_device, training_batches, write_results)
+                    steps_per_epoch, training_batches, write_results)
 
 
 def draw_probabilities(sampler, macs):
@@ -83,8 +83,8 @@ def begin_search(args, stage, *options):
     if written.exists():
         check_settings(written, load_json(written).get("args", {}), settings)
     state = load_checkpoint(checkpoint, settings)
-    train, _, classes = load_dataset(args.dataset, args.data_dir, args.image_size, args.limit_train)
-    training, scoring = (to_device(half, args.device) for half in halves(train, args.seed))
+    train, _, classes = load_dataset(args.dataset, args.data_dir, args.image_size, args.limit_train, args.device)
+    training, scoring = halves(train, args.seed)
     say(f"{name} trains on {len(training.labels)} images and scores on {len(scoring.labels)}, {len(classes)} classes, "
         f"on {args.device}, --amp {args.amp}", every_rank=True)
     if state:

@@ -21,7 +21,7 @@ import torch
 from common import (RANK, WORLD, Learner, UserError, check_settings, config_text, cosine_lr, count_macs, default_config,
                     derive_seed, describe, evaluate, gather, halves, load_checkpoint, load_dataset, load_json,
                     log_epoch, make_network, parse, pooling_configs, run_main, save_checkpoint, save_json, say,
-                    settings_of, steps_per_epoch, to_device, training_batches, write_results)
+                    settings_of, steps_per_epoch, training_batches, write_results)
 
 
 def train_network(config, seed, data, args, settings, folder, **notes):
@@ -106,11 +106,11 @@ def parse_configs(texts, args):
 
 
 def load_for_training(args):
-    """The data set of --dataset, on the device: (training, test, classes). Says how many images will train."""
-    train, test, classes = load_dataset(args.dataset, args.data_dir, args.image_size, args.limit_train)
-    say(f"trains on {len(train.labels)} images and tests on {len(test.labels)}, {len(classes)} classes, on "
+    """The data set of --dataset, as from `load_dataset`. Says how many images will train."""
+    data = load_dataset(args.dataset, args.data_dir, args.image_size, args.limit_train, args.device)
+    say(f"trains on {len(data[0].labels)} images and tests on {len(data[1].labels)}, {len(data[2])} classes, on "
         f"{args.device}, --amp {args.amp}")
-    return to_device(train, args.device), to_device(test, args.device), classes
+    return data
 
 
 def main():

@@ -17,7 +17,7 @@ from functools import partial
 import torch
 
 from common import (Learner, Parser, ResNet20, Split, at_least, config_text, count_macs, default_config, pick_amp,
-                    pick_device, pooling_configs, print_table, run_main, to_device, training_batches)
+                    pick_device, pooling_configs, print_table, run_main, training_batches)
 
 
 def main():
@@ -33,7 +33,7 @@ def main():
     amp = pick_amp(args.amp, device)
     count = max(4096, 8 * size)
     images = torch.randint(256, (count, args.image_size, args.image_size, 3), dtype=torch.uint8)
-    data = to_device(Split(images, torch.arange(count) % 10), device)
+    data = Split(images.to(device), torch.arange(count) % 10)
 
     def clock():
         if device.type != "cpu":
