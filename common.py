@@ -1,6 +1,6 @@
 """What two or more of the scripts share: space, network, data, training step, runs, results, command line.
 
-Up to the training step functions take tensors and plain numbers, to be copied; the rest serves the scripts.
+Functions up to the training step take tensors and plain numbers, to be copied; the rest serves the scripts.
 "Paper": Javan, Toews, Pedersoli, "Balanced Mixture of SuperNets for Learning the CNN Pooling Architecture", AutoML
 2023, arXiv 2306.11982.
 """
@@ -66,7 +66,7 @@ batch_statistics_norm = partial(nn.BatchNorm2d, affine=False, track_running_stat
 
 
 class ResNet20(nn.Module):
-    """ResNet20 for small images (He et al., 2016) whose pooling is an argument: `forward(x, config)` (paper, section 3).
+    """ResNet20 for small images (He et al., 2016) whose pooling is an argument: forward(x, config) (paper, section 3).
 
     x: (B, 3, S, S) normalised images; result: (B, classes) logits. A 2x2 max pooling stands before the first layer of
     each resolution but the first. config: by default `self.config`, at first the usual one; ValueError if it does not
@@ -146,8 +146,7 @@ def balanced_order(labels, seed=0):
 def halves(split, seed=0):
     """Cut a split into two halves, stratified by class: one trains weights, one scores (paper, section 4)."""
     order = balanced_order(split.labels, seed + 1)
-    return [Split(split.images[rows.to(split.images.device)], split.labels[rows])
-            for rows in (order[:len(order) // 2], order[len(order) // 2:])]
+    return [Split(split.images[rows.to(split.images.device)], split.labels[rows]) for rows in order.tensor_split(2)]
 
 
 SYNTHETIC = 6_000, 4_000  # training and test images
@@ -540,19 +539,15 @@ def pick_amp(name, device):
 
 # ---- Runs -----------------------------------------------------------------------------------------------------------
 
-BY_TORCHRUN = dist.is_torchelastic_launched()  # RANK and WORLD_SIZE alone may be somebody else's
-RANK = int(os.environ["RANK"]) if BY_TORCHRUN else 0  # the number of this process, of WORLD in all
-WORLD = int(os.environ["WORLD_SIZE"]) if BY_TORCHRUN else 1
-LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if BY_TORCHRUN else 0
+RANK, LOCAL_RANK, WORLD = 0, 0, 1  # the number of this process, that on its machine, how many there are
+if dist.is_torchelastic_launched():  # by torchrun; the variables alone may be somebody else's
+    RANK, LOCAL_RANK, WORLD = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
 
 
 def say(text="", every_rank=False):
     """Print a line, on the first rank only or on every one."""
     if RANK == 0 or every_rank:
         print(text, flush=True)
-
-
-say_once = cache(say)
 
 
 def gather(value):
@@ -580,7 +575,8 @@ def lock(folder, wait):
     except BlockingIOError:
         raise UserError(f"{folder} is in use by another run: wait for it or choose another --out") from None
     except (ImportError, OSError) as error:
-        say_once(f"no locks here ({error}): start no second run in a folder")
+        if not wait:  # once, for --out
+            say(f"no locks here ({error}): start no second run in a folder")
     return held
 
 
@@ -643,6 +639,7 @@ def load_checkpoint(path, settings):
 
 SETTINGS = ("dataset", "data_digest", "image_size", "layers", "scales", "epochs", "batch_size", "lr", "warm_up",
             "weight_decay", "limit_train", "amp", "network")  # what determines a training, with configuration and seed
+SAME = SETTINGS[:5]  # what a search must share with a training that judges it or follows it
 
 
 def settings_of(args, *own):
@@ -764,20 +761,18 @@ def at_least(low, kind=int):
 def parse(doc, add_options=lambda add: None, synthetic_epochs=7):
     """Parse the command line and lock --out. doc: the script's docstring; add_options(add) adds its own options.
 
-    Returns the namespace with defaults filled in, `device` a torch.device, digests of images and network. Raises
-    UserError."""
+    Returns the options with defaults, `device` a torch.device, digests of images and network. Raises UserError."""
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    positive = at_least(sys.float_info.min, float)
     add("--dataset", default="cifar10", help="cifar10 (default), cifar100, food101, synthetic, or a folder of images")
     add("--data-dir", default="data", help="folder where data sets are kept and downloaded to; default data")
     add("--out", type=Path, help="folder of the JSON files and checkpoints; default runs/<dataset>")
     add("--image-size", type=int, choices=[16, 32, 64, 128], help="pixels; default 32, food101 128, synthetic 16")
-    add("--epochs", type=at_least(1), help=f"passes over the training images, in a mixture for each model; default 100 "
-        f"(paper), synthetic {synthetic_epochs}")
+    add("--epochs", type=at_least(1), help="passes over the training images, of a mixture for each model; default "
+        f"100 (paper), synthetic {synthetic_epochs}")
     add("--batch-size", type=at_least(2), help="images per step; default 128 (paper), synthetic 64")
-    add("--lr", type=positive, help="learning rate, falls along a cosine to 1%%; default 0.1 (paper), synthetic 0.015, "
-        "to which it rises in the first fifth of the steps")
+    add("--lr", type=at_least(1e-9, float), help="learning rate, falls along a cosine to 1%%; default 0.1 (paper), "
+        "synthetic 0.015, to which it rises in the first fifth of the steps")
     add("--weight-decay", type=at_least(0, float), default=0.0, help="L2 penalty; default 0 (paper)")
     add("--seed", type=at_least(0), default=0, help="default 0; a search under torchrun adds the process's number")
     add("--layers", type=at_least(3), default=10, help="searched layers; default 10, a ResNet20")

@@ -16,11 +16,9 @@ import math
 
 import numpy as np
 
-from common import (RANK, WORLD, UserError, at_least, check_settings, config_text, default_config, describe, gather,
-                    load_json, parse, pooling_configs, print_table, run_main, say, settings_of, write_results)
+from common import (RANK, SAME, WORLD, UserError, at_least, check_settings, config_text, default_config, describe,
+                    gather, load_json, parse, pooling_configs, print_table, run_main, say, settings_of, write_results)
 from train_single import check_runs, finished_runs, load_for_training, parse_configs, summarise, train_network
-
-SAME = "dataset", "data_digest", "image_size", "layers", "scales"  # what a search and a training must share
 
 
 def load_searches(args, settings):

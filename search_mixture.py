@@ -92,6 +92,8 @@ def main():
         for learner, saved in zip(learners, search.state["learners"]):
             learner.load_state_dict(saved)
 
+    say(f"{epochs} epochs in all, {args.epochs} for each of {args.models} models on average")
+
     for epoch in range(len(history), epochs):
         began = time.monotonic()
         log = torch.zeros(steps, 2, device=args.device)  # loss and validation accuracy

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from common import (RANK, WORLD, Learner, UserError, batch_statistics_norm, check_settings, config_text, cosine_lr,
+from common import (RANK, SAME, WORLD, Learner, UserError, batch_statistics_norm, check_settings, cosine_lr,
                     derive_seed, describe, evaluate, halves, kendall_tau, load_checkpoint, load_dataset, load_json,
                     log_epoch, make_network, parse, pooling_configs, run_main, save_checkpoint, say, settings_of,
                     steps_per_epoch, training_batches, write_results)
@@ -73,9 +73,9 @@ def add_sampler(add):
 def begin_search(args, stage, *options):
     """Everything before the first epoch. Under torchrun each process searches with a seed of its own.
 
-    options: the names of the script's own options that determine the result. Returns a namespace: name, checkpoint
-    (path), settings, label (of log lines), state (the checkpoint or None), configs, fields and macs of all, training
-    and scoring (Split), classes, steps of an epoch. Raises UserError where a run with other settings is there."""
+    options: the script's own options that determine the result. Returns a namespace: name, checkpoint (path), settings,
+    label of log lines, state (a checkpoint or None), configs, their fields and macs, training and scoring (Split),
+    classes, steps of an epoch. Raises UserError where a run with other settings is there."""
     args.seed += RANK
     name = f"{stage}-seed{args.seed}" if args.seed else stage
     checkpoint, written = args.out / f"{name}.pt", args.out / f"{name}.json"
@@ -85,10 +85,9 @@ def begin_search(args, stage, *options):
     state = load_checkpoint(checkpoint, settings)
     train, _, classes = load_dataset(args.dataset, args.data_dir, args.image_size, args.limit_train, args.device)
     training, scoring = halves(train, args.seed)
+    done = f", goes on after epoch {len(state['history'])}" if state else ""
     say(f"{name} trains on {len(training.labels)} images and scores on {len(scoring.labels)}, {len(classes)} classes, "
-        f"on {args.device}, --amp {args.amp}", every_rank=True)
-    if state:
-        say(f"{name} goes on after epoch {len(state['history'])}", every_rank=True)
+        f"on {args.device}, --amp {args.amp}{done}", every_rank=True)
     configs = pooling_configs(args.layers, args.scales)
     fields = [describe(config, args, len(classes)) for config in configs]
     return SimpleNamespace(
@@ -118,7 +117,7 @@ def finish_search(search, args, learners, history, notes, **extra):
             shown = time.monotonic()
             left = (shown - began) / 60 * (len(search.configs) / len(results) - 1)
             say(f"{search.label}scored {len(results)} of {len(search.configs)}, {left:.1f} min left", every_rank=True)
-    rank = judge(args, results)
+    rank = judge(args.out / "single.json", search.settings, results)
     seconds = sum(entry["seconds"] for entry in history) + time.monotonic() - began
     write_results(args, search.name, search.settings, search.classes, results, "val_acc",
                   (len(search.training.labels), len(search.scoring.labels), 0), seconds, rank=rank, **extra,
@@ -129,19 +128,17 @@ def finish_search(search, args, learners, history, notes, **extra):
             f"is {100 * rank['regret']:.2f} points below the best", every_rank=True)
 
 
-def judge(args, results):
-    """How well searched results rank, by the test accuracies in single.json of --out: the JSON's `rank`.
+def judge(path, settings, results):
+    """How well searched results rank, by the test accuracies in a single.json: the `rank` of the search's JSON.
 
-    kendall_tau: tau-b of val_acc; kendall_tau_macs: of multiply-adds alone. regret: the best true accuracy minus that
-    of the configuration with the best val_acc, a fraction. None where fewer than half of the results are known there,
-    or where it is of other images, which one line says."""
-    path = args.out / "single.json"
+    kendall_tau: tau-b of val_acc; kendall_tau_macs: of multiply-adds alone; regret: the best true accuracy minus that
+    of the configuration with the best val_acc, a fraction. None where single.json is not there, knows fewer than half
+    of the results, or is of other images, which one line says."""
+    if not path.exists():
+        return None
     try:
-        single = load_json(path, "test_acc") if path.exists() else {"results": []}
-        if single["results"]:
-            same = settings_of(args)
-            check_settings(path, single.get("args", {}), {name: same[name] for name in ("dataset", "data_digest",
-                                                                                       "image_size", "layers")})
+        single = load_json(path, "test_acc")
+        check_settings(path, single.get("args", {}), {name: settings[name] for name in SAME})
     except UserError as error:
         say(f"not judged: {error}", every_rank=True)
         return None

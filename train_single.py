@@ -18,7 +18,7 @@ import time
 
 import torch
 
-from common import (RANK, WORLD, Learner, UserError, check_settings, config_text, cosine_lr, count_macs, default_config,
+from common import (RANK, WORLD, Learner, UserError, check_settings, config_text, cosine_lr, default_config,
                     derive_seed, describe, evaluate, gather, halves, load_checkpoint, load_dataset, load_json,
                     log_epoch, make_network, parse, pooling_configs, run_main, save_checkpoint, save_json, say,
                     settings_of, steps_per_epoch, training_batches, write_results)
@@ -31,13 +31,14 @@ def train_network(config, seed, data, args, settings, folder, **notes):
     it leaves a file with the accuracies, fractions, on all test images (`test_acc`) and on each half of them
     (`halves`, a fixed class-balanced cut), and the `notes`, beside the checkpoint with the trained weights."""
     folder.mkdir(parents=True, exist_ok=True)  # each rank may have a disk of its own
-    path = folder / f"{'-'.join(map(str, config))}-seed{seed}"
+    written = folder / f"{'-'.join(map(str, config))}-seed{seed}.json"
+    checkpoint = written.with_suffix(".pt")
     train, test, classes = data
     steps = steps_per_epoch(train, args.batch_size)
     torch.manual_seed(derive_seed("weights", seed, *config))
     learner = Learner(make_network(args, len(classes)), args.device, args.amp, args.weight_decay)
     history = []
-    state = load_checkpoint(path.with_suffix(".pt"), settings)
+    state = load_checkpoint(checkpoint, settings)
     if state:
         learner.load_state_dict(state["learner"])
         history = state["history"]
@@ -54,15 +55,12 @@ def train_network(config, seed, data, args, settings, folder, **notes):
         entry = log_epoch(epoch, args.epochs, args, {"loss": loss, "train_acc": accuracy}, began, steps,
                           f"{config_text(config)} seed {seed} ")
         history.append({"config": list(config), "seed": seed, **entry})
-        save_checkpoint(path.with_suffix(".pt"), {"history": history, "learner": learner.state_dict(),
-                                                  "args": settings})
+        save_checkpoint(checkpoint, {"history": history, "learner": learner.state_dict(), "args": settings})
 
-    accuracies = [evaluate(learner.score, half, config, args.device) for half in halves(test)]
-    test_acc = evaluate(learner.score, test, config, args.device)
-    save_json(path.with_suffix(".json"), {
-        "config": list(config), "seed": seed, "test_acc": round(test_acc, 6), "halves": accuracies,
-        "seconds": round(sum(entry["seconds"] for entry in history), 2), **notes, "history": history,
-        "args": settings})
+    all_images, *accuracies = (evaluate(learner.score, part, config, args.device) for part in (test, *halves(test)))
+    save_json(written, {"config": list(config), "seed": seed, "test_acc": round(all_images, 6), "halves": accuracies,
+                        "seconds": round(sum(entry["seconds"] for entry in history), 2), **notes,
+                        "history": history, "args": settings})
 
 
 def check_runs(folder, settings):
@@ -122,7 +120,7 @@ def main():
     check_runs(args.out / "single", settings)
     data = load_for_training(args)
     todo = [config for config in configs if (config, args.seed) not in done]
-    todo.sort(key=count_macs, reverse=True)  # the most expensive first: no rank is left with a long tail
+    todo.sort(reverse=True)  # roughly the most expensive first: no rank is left with a long tail
     for config in todo[RANK::WORLD]:
         train_network(config, args.seed, data, args, settings, args.out / "single")
 
