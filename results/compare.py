@@ -33,7 +33,7 @@ WAYS = {  # name: (command, epochs as a part of those of a uniform search, batch
     "boltzmann": ("extras.boltzmann", 1, 1),
     "mct_nas": ("extras.mct_nas", 1, 0),
     "pss_net": ("extras.pss_net", 1, 0),
-    "pss_net, uniform": ("extras.pss_net --sampler uniform", 1, 0),
+    "pss_net, uniform": ("extras.pss_net --pools 36", 1, 0),
     "cross_path": ("extras.cross_path", 1, 1),
     "split_by_resolution": ("extras.split_by_resolution", 1, 0),
     "split_by_resolution, cost": ("extras.split_by_resolution --sampler cost", 1, 0),
