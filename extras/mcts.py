@@ -3,9 +3,9 @@
     python -m extras.mcts                       # CIFAR-10, 100 epochs
     python -m extras.mcts --dataset synthetic   # a minute or two on a laptop
 
-Each step walks down a tree: where is the first pooling, where the second. It takes one SGD step through what it comes
-to, scores that on one batch of the other half of the images, and tells every node on the way. Scoring makes a step
-cost 1.33 steps of search_supernet.py, and with what is drawn 1.3 to 1.9.
+Each step walks down a tree that chooses where the first pooling is, then where the second is. It takes one SGD step
+through the configuration at the end, scores it on one batch of the other half of the images, and updates every node on
+the way. With this scoring a step costs 1.3 to 1.9 steps of search_supernet.py: more where expensive ones are drawn.
 
 Paper: Javan, Toews, Pedersoli, AutoML 2023, arXiv 2306.11982, table 2, without code or constants: the temperatures and
 the running mean are ours. UCT: Kocsis and Szepesvari, ECML 2006. Writes mcts.json and .pt; another seed than 0 writes

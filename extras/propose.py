@@ -3,16 +3,16 @@
     python -m extras.propose                              # CIFAR-10: six trainings, then seeds of best and default
     python -m extras.propose --trainings 10 --epochs 200  # more trainings, each longer
     python -m extras.propose --max-macs 60M               # only configurations of at most 60 million multiply-adds
-    python -m extras.propose --propose-only               # train nothing: what to train next, by all that is in --out
+    python -m extras.propose --propose-only               # train nothing: what to train next, given all in --out
     torchrun --nproc_per_node=4 -m extras.propose         # four at a time, each on the GPU of its number
 
-`retrain.py` trusts the searches. This script learns from its own trainings as well: first the default, then, one after
-the other, what promises most by all that is known. It reads every search in --out, and the runs there of train_single
-and retrain with the same settings count as well. One half of the test images chooses (`val_acc`); the other half, which
-took no part in any choice, is reported (`test_acc`).
+`retrain.py` trusts the searches. This script learns from its own trainings as well: it trains the default, then, one
+after the other, what looks most promising so far. It reads every search in --out, and uses the runs of train_single and
+retrain there that have the same settings. One half of the test images chooses (`val_acc`); the other half, which took
+no part in any choice, is reported (`test_acc`).
 
 Simulated on three known truths with 26 searches, the choice after six trainings was on average 0.11, 0.21 and 0.20
-points below the best. With the best of the search trained second it was 0.20, 0.34 and 0.19, so that is not done.
+points below the best. Training the best of the search second would make that 0.20, 0.34 and 0.19.
 
 Papers: Javan, Toews, Pedersoli, AutoML 2023, arXiv 2306.11982, section 5 (training); Rasmussen and Williams, Gaussian
 Processes for Machine Learning, 2006; Srinivas, Krause, Kakade, Seeger, Gaussian Process Optimization in the Bandit
@@ -76,8 +76,8 @@ def believe(space, macs, scores, values, runs):
     """What is believed about the accuracy of every configuration: mean and deviation, (n,) each, fractions.
 
     space: the n configurations; macs: (n,) multiply-adds; scores: (searches, n), perhaps none; values: (n,) measured
-    accuracies, NaN where there is none; runs: (n,) how many runs each is the mean of. Cost counts by its rank: else
-    the few most expensive, far from all others, would be tried for being unknown."""
+    accuracies, NaN where there is none; runs: (n,) how many runs each is the mean of. Cost counts by its rank, or
+    the few most expensive, far from all others, would be tried only because they are unknown."""
     def standardise(numbers):
         return (numbers - np.mean(numbers)) / max(np.std(numbers), 1e-9)
     cost = standardise(np.searchsorted(np.sort(macs), macs))
@@ -156,7 +156,7 @@ def main():
     space, settings, folder = pooling_configs(args.layers, args.scales), settings_of(args), args.out / "propose"
     check_runs(folder, settings)
     searches = {names: search for names, search in load_searches(args, settings).items() if set(search) == set(space)}
-    say(f"goes by pooling positions, cost, and the scores of {'; '.join(searches) or 'no search, for there is none'}")
+    say(f"goes by pooling positions, cost, and the scores of {'; '.join(searches) or 'no search (none in --out)'}")
     scores = gather([[search[config] for config in space] for search in searches.values()])[0]
     data = None if args.propose_only else load_for_training(args)
     fields = [describe(config, args, len(data[2]) if data else 10) for config in space]
@@ -166,7 +166,7 @@ def main():
         raise UserError(f"--max-macs {args.max_macs:.4g} is below the cheapest configuration, {macs.min():.4g}")
     taken = runs_of(args, settings, "single", "retrain")
 
-    while True:  # rounds: each process trains a proposal of its own, made from all that is finished
+    while True:  # rounds: each process trains one proposal, made from all that is finished
         runs = taken | runs_of(args, settings, "propose")
         values, counts = observe(space, runs)
         if args.propose_only:
@@ -187,7 +187,6 @@ def main():
     wanted = [(space[index], seed) for seed in range(args.seed, args.seed + args.runs)
               for index in dict.fromkeys([best, usual]) if allowed[index]]
     for config, seed in [key for key in wanted if key not in runs][RANK::WORLD]:
-        say(f"another seed of {config_text(config)}, {'the best' if config == space[best] else 'the default'}", True)
         train_network(config, seed, data, args, settings, folder)
     report(args, settings, data, taken | runs_of(args, settings, "propose"), fields, values)
 

@@ -1,33 +1,32 @@
 """PSS-Net, a SuperNet that is good at every budget of multiply-adds: prioritised pools, taught by a sandwich.
 
     python -m extras.pss_net                         # CIFAR-10, 6 pools of 3 configurations, 100 epochs
-    python -m extras.pss_net --sampler uniform       # the sandwich alone
+    python -m extras.pss_net --pools 36              # a pool for each configuration: uniform draws, the sandwich alone
     python -m extras.pss_net --dataset synthetic     # a few minutes on a laptop
 
-Each step trains the most expensive configuration on the labels, and the cheapest and a drawn one on its output. In the
-end a table shows the best of each pool, for budgets of multiply-adds: with the shared weights, and calibrated, as a
-network of its own to deploy (`extract_network`). A step costs 4.4 steps of search_supernet.py.
+Each step trains the most expensive configuration on the labels, and the cheapest and a drawn one on its output. At the
+end a table shows the best of each pool: its accuracy with the shared weights, and calibrated, as an ordinary network
+with batch-norm statistics of its own (`extract_network`). A step costs 4.4 steps of search_supernet.py.
 
-Chen, Lin, Ji, Cao, TPAMI 2023, arXiv 2109.05432. Its space is huge; with 36 configurations, classes of equal number
-are cut along the cost. Writes pss_net.json, with `budgets`, and .pt; another seed than 0 pss_net-seed1.json and so on.
+Chen, Lin, Ji, Cao, TPAMI 2023, arXiv 2109.05432. Its space is huge; here 36 configurations are cut along the cost into
+classes of equal size. Writes pss_net.json, with `budgets`, and .pt; another seed than 0 pss_net-seed1.json and so on.
 """
 import time
-import timeit
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (Learner, ResNet20, at_least, config_text, cosine_lr, derive_seed, evaluate, log_epoch, make_network,
-                    parse, print_table, run_main, save_checkpoint, training_batches)
+from common import (Learner, ResNet20, at_least, cosine_lr, derive_seed, evaluate, log_epoch, make_network, parse,
+                    print_table, run_main, save_checkpoint, training_batches)
 from search_supernet import begin_search, finish_search, make_learner
 
 BLOCK = 36  # steps between two updates of the pools: one wait for the device instead of 36
 
 
 class Pools:
-    """Classes of multiply-adds (n,) of equal number, drawn uniformly; a pool keeps the `size` best of each.
+    """Classes of equal size, cut along the multiply-adds (n,); a pool keeps the `size` best of each.
 
     pools: for each class {configuration: running mean (0.9) of minus its loss}; what leaves a pool is forgotten."""
 
@@ -91,11 +90,10 @@ def extract_network(weights, config, feed, network=None):
 
 def main():
     def options(add):
-        add("--sampler", choices=["prioritized", "uniform"], default="prioritized", help="default prioritized")
         add("--pools", type=at_least(1), default=6, help="classes of cost, at most one a configuration; default 6")
         add("--pool-size", type=at_least(1), default=3, help="configurations that a pool keeps; default 3")
     args = parse(__doc__, options, synthetic_epochs=24)
-    search = begin_search(args, "pss_net", "sampler", "pools", "pool_size")
+    search = begin_search(args, "pss_net", "pools", "pool_size")
     learner = make_learner(search, args, kind=SandwichLearner)
     sampler = Pools(search.macs, args.pools, args.pool_size)
     history, counts, steps = [], np.zeros(len(search.configs), int), search.steps
@@ -112,38 +110,31 @@ def main():
         batches = training_batches(*search.training, args.batch_size, args.device, order)
         for start in range(0, steps, BLOCK):
             block, progress = range(start, min(start + BLOCK, steps)), (epoch * steps + start) / (args.epochs * steps)
-            drawn = (sampler.draw(len(block), progress, rng) if args.sampler == "prioritized" else
-                     rng.integers(len(counts), size=len(block)).tolist())
+            drawn = sampler.draw(len(block), progress, rng)
             for step, choice, (x, y) in zip(block, drawn, batches):  # block ends first, so that no batch is lost
                 lr = cosine_lr(epoch * steps + step, args.epochs * steps, args.lr, args.warm_up)
                 trained = [search.macs.argmax(), search.macs.argmin(), choice]
                 log[step] = learner.train(x, y, tuple(search.configs[i] for i in trained), lr)
                 np.add.at(counts, trained, 1)
-            if args.sampler == "prioritized":
-                sampler.update(drawn, log[block.start:block.stop, 0].nan_to_num().tolist())  # waits for the device
+            sampler.update(drawn, log[block.start:block.stop, 0].nan_to_num().tolist())  # waits for the device
         measures = dict(zip(("loss", "train_acc"), log.mean(0).tolist()))
         history.append(log_epoch(epoch, args.epochs, args, measures, began, steps, search.label))
         save_checkpoint(search.checkpoint, {"history": history, "counts": counts.tolist(), "pools": sampler.pools,
                                             "learner": learner.state_dict(), "args": search.settings})
 
-    # ---- the best of each pool, or of its class, as a network of its own -------------------------------------------
+    # ---- the best of each pool, or of a class that was never drawn, as a network of its own -------------------------
     batches = training_batches(*search.training, args.batch_size, args.device, derive_seed("calibration", args.seed))
-    feed = [x for _, (x, _) in zip(range(8), batches)]
-    budgets = []
+    feed, budgets = [x for _, (x, _) in zip(range(8), batches)], []
     for pool, members in zip(sampler.pools, sampler.classes):
         scores = {i: evaluate(learner.score, search.scoring, search.configs[i], args.device, args.batch_size)
                   for i in pool or members}
         best, network = max(scores, key=scores.get), make_network(args, len(search.classes))
         extract_network(learner.network.state_dict(), search.configs[best], feed, network)
         score = Learner(network, args.device, args.amp).score
-        calibrated = evaluate(score, search.scoring, search.configs[best], args.device)
-        with torch.no_grad():  # item() waits for the device
-            seconds = min(timeit.repeat(lambda: network(feed[0][:1]).sum().item(), number=1, repeat=21))
-        budgets.append({"budget": int(max(search.macs[members])), **search.fields[best], "seconds_per_image": seconds,
+        calibrated = evaluate(score, search.scoring, network.config, args.device)
+        budgets.append({"budget": int(max(search.macs[members])), **search.fields[best],
                         "val_acc": round(scores[best], 6), "calibrated_val_acc": round(calibrated, 6)})
-    print_table(["budget", "configuration", "M multiply-adds", "val acc", "calibrated", "ms per image"], [
-        [f"{b['budget'] / 1e6:.1f}M", config_text(b["config"]), f"{b['macs'] / 1e6:.1f}", f"{b['val_acc']:.4f}",
-         f"{b['calibrated_val_acc']:.4f}", f"{1e3 * b['seconds_per_image']:.2f}"] for b in budgets])
+    print_table([*budgets[0]], [[*row.values()] for row in budgets])
     finish_search(search, args, [learner], history, [{"steps": count} for count in counts.tolist()], budgets=budgets)
 
 

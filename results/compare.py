@@ -20,8 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from common import Parser, UserError, at_least, load_json, pick_amp, pick_device, run_main, save_json, say
-from results.report import WAYS as COLUMNS
-from results.report import figures_of, show_table, way_rows
+from results.report import figures_of, show_table
 
 WAYS = {  # name: (command, epochs as a part of those of a uniform search, batches scored for each path trained)
     "uniform": ("search_supernet", 1, 0),
@@ -34,7 +33,7 @@ WAYS = {  # name: (command, epochs as a part of those of a uniform search, batch
     "boltzmann": ("extras.boltzmann", 1, 1),
     "mct_nas": ("extras.mct_nas", 1, 0),
     "pss_net": ("extras.pss_net", 1, 0),
-    "pss_net, uniform": ("extras.pss_net --sampler uniform", 1, 0),
+    "pss_net, uniform": ("extras.pss_net --pools 36", 1, 0),
     "cross_path": ("extras.cross_path", 1, 1),
     "split_by_resolution": ("extras.split_by_resolution", 1, 0),
     "split_by_resolution, cost": ("extras.split_by_resolution --sampler cost", 1, 0),
@@ -54,6 +53,18 @@ def figures(search, scored, truth):
     macs, steps = np.array([(r["macs"], r["steps"]) for r in search["results"]]).T
     taken = len(search["history"]) * (search["n_train"] // search["args"]["batch_size"])
     return [tau, with_exposure, regret, (3 + scored) / 3 * float((macs * steps).sum()) / taken / float(macs.mean())]
+
+
+def show_ways(ways, source, markdown=False):
+    """Print means and deviations over the seeds. ways: {name: [FIGURES of each seed]}, with "uniform"."""
+    rows = []
+    for name, values in ways.items():
+        values, base = np.array(values), np.array(ways["uniform"])
+        above = values[:, 0] - base[:, 0]
+        rows.append([name, len(values), *(f"{mean:.2f} ({deviation:.2f})" for mean, deviation
+                                          in zip(values.mean(0), values.std(0, ddof=1))),
+                     f"{above.mean():+.2f} +- {above.std(ddof=1) / len(above) ** 0.5:.2f}"])
+    show_table(f"Every way to search, {source}", ["way", "seeds", *FIGURES, "above uniform"], rows, markdown)
 
 
 def main():
@@ -102,7 +113,7 @@ def main():
         for number, ((way, seed), search) in enumerate(zip(jobs, pool.map(lambda job: run(*job), jobs)), 1):
             found[way].append([round(f, 6) for f in figures(search, WAYS[way][2], truth)])
             say(f"{number} of {len(jobs)} done: {way}, seed {seed}; {(time.monotonic() - began) / 60:.0f} min")
-    show_table(f"Every way to search, {args.dataset}", COLUMNS, way_rows(found))
+    show_ways(found, args.dataset)
     save_json(out / "compare.json", {"schema": 1, "stage": "compare", "dataset": args.dataset, "truth": str(args.truth),
                                      "epochs": args.epochs, "amp": amp, "figures": FIGURES, "ways": found})
 
