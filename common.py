@@ -611,7 +611,7 @@ def load_json(path, key=None):
             raise ValueError(f"no results with config and {key}")
         return data
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error!r}): delete it and make it again") from None
+        raise UserError(f"{path} is damaged or of another kind ({error!r}): make it anew or name another") from None
 
 
 def save_checkpoint(path, state):
