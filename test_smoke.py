@@ -273,7 +273,7 @@ def test_an_image_is_read_upright_on_white_however_large_it_is_and_whatever_is_a
     assert read_image("clear.png", 8).min() == read_image("clear.gif", 8).min() == 255
 
 
-def test_a_folder_is_listed_as_a_person_sees_it_and_one_line_says_what_was_passed_over():
+def test_a_folder_is_listed_as_a_person_sees_it_and_one_line_says_what_was_skipped():
     root = folder("pets", test="val")
     for name in ("train/cat/._0.png", "train/.ipynb_checkpoints/cat/0.png", "train/cat/.ipynb_checkpoints/0.png",
                  "train/__MACOSX/cat/0.png", "train/cat/more/5.GIF", "val/new/0.png", "test/unlabelled.png",
@@ -289,7 +289,7 @@ def test_a_folder_is_listed_as_a_person_sees_it_and_one_line_says_what_was_passe
     train, test, classes = load_dataset("pets")
     assert classes == ["br\u00fbl\u00e9e", "cat", "dog"]
     assert torch.bincount(train.labels).tolist() == [1, 6, 4] and torch.bincount(test.labels).tolist() == [1, 2, 2]
-    assert run("train_single.py", *PETS).count("pets: 3 classes; 7 files passed over") == 1
+    assert run("train_single.py", *PETS).count("pets: 3 classes, 16 images; skipped 7 files") == 1
 
 
 def test_images_are_decoded_once_and_anew_where_the_cache_is_damaged_or_they_changed(monkeypatch):
@@ -473,7 +473,7 @@ def test_a_gpu_without_kernels_is_passed_over_and_a_cpu_has_bf16_where_its_flags
     ("retrain.py --dataset synthetic", "run search_supernet.py"),
     ("results/report.py .", ". holds no JSON")])
 def test_a_mistake_is_one_line_and_touches_nothing(command, message):
-    with common.locked("busy", wait=False):
+    with common.lock("busy", wait=False):
         assert message in refused(*command.split()) and not files(".")
 
 

@@ -19,7 +19,7 @@ from extras import boltzmann, cross_path, mct_nas, mcts, pss_net, resolution_nor
 from extras.propose import believe, chance_above, gaussian_process, propose
 
 METHODS = {"boltzmann": 1, "mcts": 1, "mct_nas": 1, "cross_path": 2, "pss_net --pools 2 --pool-size 1": 3,
-           "pss_net --sampler uniform": 3, "split_by_resolution": 1, "resolution_norms --sampler cost": 1}
+           "pss_net": 3, "split_by_resolution": 1, "resolution_norms --sampler cost": 1}
 PROPOSE = ["extras/propose.py", *TINY, "--trainings", "3", "--runs", "2"]
 
 
