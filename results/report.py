@@ -75,7 +75,8 @@ def search_rows(searches, truth):
     for search in sorted(searches, key=lambda search: search["args"]["seed"]):
         args, sampler = search["args"], search["args"].get("sampler")
         words = [search["stage"].replace("supernet", "SuperNet"), f"M = {args['models']}" if "models" in args else "",
-                 "by cost" if sampler == "cost" else sampler, "not balanced" if args.get("no_balance") else ""]
+                 "by cost" if sampler == "cost" else sampler, "not balanced" if args.get("no_balance") else "",
+                 f"weight decay {args['weight_decay']:g}" if args["weight_decay"] else ""]
         steps = len(search["history"]) * (search["n_train"] // args["batch_size"])
         key = ", ".join(filter(None, words)), search["n_train"] + search["n_val"], steps
         groups.setdefault(key, []).append(search["results"])
