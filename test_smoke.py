@@ -242,7 +242,6 @@ def test_every_prefix_of_the_shuffle_is_balanced_and_halves_are_stratified():
 # ---- images ----------------------------------------------------------------------------------------------------------
 
 def picture(path, size=(40, 30), seed=0, **options):
-    """Save noise as an image file."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
     Image.fromarray(pixels).save(path, **options)
@@ -438,6 +437,7 @@ def test_other_settings_or_images_are_refused_before_any_is_decoded_and_what_is_
 
 @pytest.mark.parametrize("said, prepare, environment", [
     ("no locks here", failing("fcntl.flock", OSError(38, "Function not implemented")), {}),
+    # a clock that goes on by eleven seconds whenever it is looked at
     ("scored 3 of 3, 0.0 min left", partial(setattr, time, "monotonic", itertools.count(0, 11.0).__next__), {}),
     ("", partial(setattr, sys, "stdout", None), {}),
     ("wrote", lambda: None, {"WORLD_SIZE": "4", "RANK": "2"}),
