@@ -806,6 +806,7 @@ def parse(doc, add_options=lambda add: None, synthetic_epochs=7):
         args.data_digest = f"{derive_seed(files):x}"  # of names and sizes: the same for a copy elsewhere
     with torch.device("meta"):
         args.network = f"{derive_seed([(name, *p.shape) for name, p in make_network(args, 10).named_parameters()]):x}"
+    args.out.mkdir(parents=True, exist_ok=True)  # each rank may have a disk of its own
     if RANK == 0:
         lock(args.out, wait=False)  # until the process ends
     return args

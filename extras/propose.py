@@ -155,9 +155,9 @@ def main():
     args = parse(__doc__, options)
     space, settings, folder = pooling_configs(args.layers, args.scales), settings_of(args), args.out / "propose"
     check_runs(folder, settings)
-    searches = {names: search for names, search in load_searches(args, settings).items() if set(search) == set(space)}
+    searches = load_searches(args, settings)
     say(f"goes by pooling positions, cost, and the scores of {'; '.join(searches) or 'no search (none in --out)'}")
-    scores = gather([[search[config] for config in space] for search in searches.values()])[0]
+    scores = [[search[config] for config in space] for search in searches.values()]
     data = None if args.propose_only else load_for_training(args)
     fields = [describe(config, args, len(data[2]) if data else 10) for config in space]
     macs = np.array([f["macs"] for f in fields])
@@ -174,7 +174,7 @@ def main():
         known = int((counts > 0)[allowed].sum())
         total = max(min(args.trainings, allowed.sum()), known + (allowed[usual] and not counts[usual]))
         proposals = propose(space, macs, scores, values, counts, args.max_macs, min(WORLD, total - known))
-        proposals = gather(proposals)[0]  # the same on every machine, whatever its arithmetic
+        proposals = gather(proposals)[0]  # the first rank's, since other machines may round otherwise
         if not proposals:
             break
         for number, (index, why, mean, deviation, chance) in enumerate(proposals, known + 1):
