@@ -1,6 +1,6 @@
 """What two or more of the scripts share: space, network, data, training step, runs, results, command line.
 
-Functions up to the training step take tensors and plain numbers, to be copied; the rest serves the scripts.
+Most functions up to the training step take tensors and plain numbers, to be copied; the rest serves the scripts.
 "Paper": Javan, Toews, Pedersoli, "Balanced Mixture of SuperNets for Learning the CNN Pooling Architecture", AutoML
 2023, arXiv 2306.11982.
 """
@@ -127,7 +127,7 @@ class Split(NamedTuple):
     labels: torch.Tensor
 
 
-MADE = "cifar10", "cifar100", "synthetic"  # these come as arrays, all others as files
+ARRAYS = "cifar10", "cifar100", "synthetic"  # these come as arrays of pixels, all others as files
 IMAGE_SIZE = {"food101": 128, "synthetic": 16}  # pixels fed in; all others 32
 SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".pgm", ".pbm", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
 
@@ -234,8 +234,8 @@ def decode(files, size, path):
 def list_folder(root):
     """The images below root/<class>/: ({class: files}, how many files and folders were skipped).
 
-    Skipped: what is hidden, __MACOSX, no image by its suffix, links to folders but for a class elsewhere. Names are
-    composed (NFC), so that two ways to write an accent are one class. OSError is raised as it is."""
+    Skipped: what is hidden, __MACOSX, no image by its suffix, and links to folders, unless to a class kept elsewhere.
+    Names are composed (NFC), so that two ways to write an accent are one class. OSError is raised as it is."""
     found, skipped, seen = {}, 0, {root.resolve(), *root.resolve().parents}
 
     def fail(error):
@@ -294,11 +294,11 @@ def load_dataset(name, data_dir="data", image_size=None, limit_train=None, devic
     Raises UserError."""
     usual = IMAGE_SIZE.get(name, 32)
     size = image_size or usual
-    if name in MADE and size != usual:
+    if name in ARRAYS and size != usual:
         raise UserError(f"--image-size {size}: the images of {name} have {usual} pixels")
     if name == "synthetic":
         classes, parts = range(10), [synthetic_images(count, seed) for seed, count in enumerate(SYNTHETIC, 1)]
-    elif name in MADE:
+    elif name in ARRAYS:
         sets = [fetch(name.upper(), data_dir, train=train) for train in (True, False)]
         classes, parts = sets[0].classes, [(part.data, part.targets) for part in sets]
     else:
@@ -308,7 +308,7 @@ def load_dataset(name, data_dir="data", image_size=None, limit_train=None, devic
     splits = []
     for (images, labels), limit in zip(parts, (limit_train, None)):
         order = balanced_order(labels)[:limit]
-        if name in MADE:
+        if name in ARRAYS:
             images = torch.from_numpy(images)[order]
         else:
             files = [images[row] for row in order]
@@ -798,7 +798,7 @@ def parse(doc, add_options=lambda add: None, synthetic_epochs=7):
         torch.cuda.set_device(args.device)
     args.amp = pick_amp(args.amp, args.device)
     args.data_digest = ""
-    if args.dataset not in MADE:
+    if args.dataset not in ARRAYS:
         parts, skipped = list_images(args.dataset, args.data_dir)
         files = [(c, Path(f).name, os.path.getsize(f)) for part in parts for c in part for f in part[c]]
         say(f"{args.dataset}: {len(parts[0])} classes, {len(files)} images; skipped {skipped} files (hidden, linked "
