@@ -159,9 +159,8 @@ def synthetic_images(n, seed):
     """Ten balanced classes on which it matters where a network pools: (uint8 (n, 16, 16, 3), int64 (n,)).
 
     A class is a pair of glyphs of 3x3 pixels. The upper half of an image shows five of its class, the lower half two of
-    another, which do not count; each is mirrored or not, bright or dark. `seed` draws the images, not the classes.
-    Glyphs may differ in a single pixel, which an early pooling blurs. Which half they are in shows only to layers with
-    a wide view, which a network has late when nearly every layer runs at full resolution."""
+    another, which do not count. `seed` draws the images, not the classes. Glyphs may differ in a single pixel, which an
+    early pooling blurs. Which half they are in shows only to a wide view, which a network that pools late has late."""
     glyphs = np.array([[int(cell) for cell in pair.replace(" ", "")] for pair in GLYPHS]).reshape(10, 2, 3, 3) * 2 - 1
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(n) % 10)
@@ -181,15 +180,12 @@ def synthetic_images(n, seed):
 def read_image(path, size):
     """Decode an image file to uint8 (size, size, 3): upright, shorter side resized, centre square, on white.
 
-    What is attached to it (EXIF, colour profile, text) never decides whether it is read. Lifts Pillow's limits on size
-    for the process. Raises OSError or ValueError: no image, more than 8 bits a channel or 500 million pixels."""
+    What is attached to it (EXIF, colour profile, text) never decides whether it is read. Raises what Pillow raises for
+    no image or one of more than 179 million pixels, and ValueError for more than 8 bits a channel."""
     from PIL import Image, ImageOps, PngImagePlugin
-    Image.MAX_IMAGE_PIXELS = None  # Pillow refuses large images before it knows how large they are decoded
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 30
     with Image.open(path, formats=["JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF"]) as image:  # none that runs code
         image.draft("RGB", (size, size))  # a JPEG is decoded at the smallest scale that is large enough
-        if image.width * image.height > 5e8:
-            raise ValueError(f"{image.width} x {image.height} pixels are too many, make it smaller")
         if image.mode[0] in "IF":
             raise ValueError("more than 8 bits a channel, convert it to 8")
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -270,7 +266,8 @@ def list_images(name, data_dir):
     differ = sorted(train[0].keys() ^ test[0].keys())
     if differ or len(train[0]) < 2:
         raise UserError(f"{name} needs images of two classes or more in train/<class>/, and of the same classes in "
-                        f"test/<class>/ or val/<class>/: see {', '.join(differ[:10]) or 'train/'}")
+                        f"test/<class>/ or val/<class>/ (there are {len(train[0])} and {len(test[0])}): see "
+                        f"{', '.join(differ[:10]) or 'train/'}")
     return [train[0], test[0]], train[1] + test[1]
 
 
@@ -288,9 +285,9 @@ def fetch(kind, data_dir, **options):
 def load_dataset(name, data_dir="data", image_size=None, limit_train=None, device=torch.device("cpu")):
     """Load `cifar10`, `cifar100`, `food101`, `synthetic` or a folder of images with train/ and test/ (or val/).
 
-    data_dir: where data sets are kept and downloaded to, and decoded images cached (read-only: in data/cache).
+    data_dir: where data sets are kept and downloaded to, and decoded images cached (in data/cache if it is read-only).
     limit_train: only the first images of a fixed class-balanced shuffle, which is the order of every split. device: a
-    CUDA GPU to move them to, if it has twice the room. Returns (training Split, test Split, names of the classes).
+    GPU to move them to, if it has three times the room. Returns (training Split, test Split, names of the classes).
     Raises UserError."""
     usual = IMAGE_SIZE.get(name, 32)
     size = image_size or usual
@@ -316,7 +313,7 @@ def load_dataset(name, data_dir="data", image_size=None, limit_train=None, devic
             cache = Path(data_dir if os.access(data_dir, os.W_OK) or not os.path.exists(data_dir) else "data", "cache")
             with lock(cache, wait=True):  # another process may be decoding the same files
                 images = decode(files, size, cache / f"{Path(name).resolve().name}-{size}-{version:x}.bin")
-        if device.type == "cuda" and 2 * images.nbytes < torch.cuda.mem_get_info(device)[0]:
+        if device.type == "cuda" and 3 * images.nbytes < torch.cuda.mem_get_info(device)[0]:
             images = images.to(device)
         splits.append(Split(images, torch.tensor(labels)[order]))
     return *splits, list(classes)
@@ -344,8 +341,8 @@ def normalise(images):
 def training_batches(images, labels, batch_size, device, seed, augment=True):
     """One epoch of N // batch_size shuffled batches: (normalised float32 (B, C, H, W), labels int64 (B,)) on `device`.
 
-    images: uint8 (N, H, W, C) on any device; labels: int64 (N,). augment: pad-and-crop (1/8 of the side, 4 pixels of
-    32) and flip (paper, section 5). All that is random comes from the seed alone, so it is the same on every device."""
+    images: uint8 (N, H, W, C) on any device; labels: int64 (N,). augment: pad (by 1/8 of the side), crop and flip
+    (paper, section 5). The seed alone decides what is random, on every device alike."""
     rng = torch.Generator().manual_seed(seed)
     count, pad = len(labels), images.shape[1] // 8
     order = torch.randperm(count, generator=rng)
@@ -384,9 +381,9 @@ def graph_place(device):
 def graphed(step, device):
     """On CUDA, replay `step(x, y, *step_args)` as one CUDA graph per shape and step_args; elsewhere return `step`.
 
-    A ResNet20 step is a thousand kernels of two microseconds (H100, batch 128); a graph launches them at once. The
-    first call runs eagerly, the second captures, later ones replay. `step` must not wait for the device; the tensor
-    that it returns may be overwritten by the next call. Where capturing fails, all runs eagerly, which is said."""
+    A ResNet20 step is a thousand kernels of two microseconds (H100, batch 128); a graph launches them at once. `step`
+    must not wait for the device; the next call may overwrite the tensor that it returns. The first call runs eagerly,
+    the second captures, later ones replay. Where capturing fails, all run eagerly."""
     if device.type != "cuda":
         return step
     place, seen, captured, static_inputs = graph_place(device), set(), {}, {}
@@ -523,8 +520,7 @@ def pick_device(name="auto", number=0):
 def pick_amp(name, device):
     """Mixed precision for a device: "bf16", "fp16" or "off". Raises UserError for what the device does not have.
 
-    `auto`: bf16 on GPUs that have it, fp16 on older ones, off on MPS; on a CPU bf16 with AMX or AVX512-BF16, since
-    without them it is up to eleven times slower than float32."""
+    `auto`: what a GPU has, off on MPS; on a CPU bf16 with AMX or AVX512-BF16, else it is up to 11 times slower."""
     cuda = device.type == "cuda"
     modern = cuda and torch.cuda.get_device_capability(device)[0] >= 8
     if (name == "fp16" and not cuda) or (name == "bf16" and cuda and not modern):
@@ -700,9 +696,9 @@ def pareto(results, key):
 def describe(config, args, classes):
     """The fields of a result that follow from the configuration: itself, multiply-adds, parameters."""
     with torch.device("meta"):
-        trained, plain = (make_network(args, classes, norm) for norm in (nn.BatchNorm2d, nn.Identity))
-    return {"config": list(config), "macs": count_macs(config, plain, args.image_size),
-            "params": sum(p.numel() for p in trained.parameters())}
+        network = make_network(args, classes).eval()
+    return {"config": list(config), "macs": count_macs(config, network, args.image_size),
+            "params": sum(p.numel() for p in network.parameters())}
 
 
 def print_table(header, rows):
@@ -717,19 +713,21 @@ def print_table(header, rows):
 def write_results(args, name, settings, classes, results, key, counts, seconds, table=True, **extra):
     """Write a stage's JSON, `name`.json in --out; with `table` print the best five, the default and the Pareto set.
 
-    results: entries from `describe` with an accuracy `key`; counts: the images that train, score and test."""
+    results: entries from `describe` with an accuracy `key`; counts: the images that train, score and test. Returns the
+    content of the JSON."""
     results = sorted(results, key=lambda r: -r[key])
     usual = list(default_config(args.layers, args.scales))
     front = [r["config"] for r in pareto(results, key)]
     default = next((r for r in results if r["config"] == usual), None)
     device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type
-    save_json(args.out / f"{name}.json", {
+    data = {
         "schema": 1, "stage": name.partition("-seed")[0], "dataset": settings["dataset"], "image_size": args.image_size,
         "num_classes": len(classes), "n_train": counts[0], "n_val": counts[1], "n_test": counts[2],
         "space": {"layers": args.layers, "scales": args.scales, "size": math.comb(args.layers - 1, args.scales - 1)},
         "args": settings, "env": {"torch": torch.__version__, "device": device, "amp": args.amp},
         "seconds": round(seconds, 2), "classes": classes, "results": results, "best": results[0],
-        "default": default, "pareto": front, **extra})
+        "default": default, "pareto": front, **extra}
+    save_json(args.out / f"{name}.json", data)
     rows = [[config_text(r["config"]) + (" default" if r is default else ""), f"{r['macs'] / 1e6:.1f}",
              f"{r[key]:.4f}", place, "*" if r["config"] in front else ""]
             for place, r in enumerate(results, 1) if place <= 5 or r is default or r["config"] in front]
@@ -737,6 +735,7 @@ def write_results(args, name, settings, classes, results, key, counts, seconds, 
         say()
         print_table(["configuration", "M multiply-adds", key.replace("_", " "), "place", "Pareto"], rows)
     say(f"wrote {args.out / name}.json", True)
+    return data
 
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
@@ -768,8 +767,8 @@ def parse(doc, add_options=lambda add: None, synthetic_epochs=7):
     add("--data-dir", default="data", help="folder where data sets are kept and downloaded to; default data")
     add("--out", type=Path, help="folder of the JSON files and checkpoints; default runs/<dataset>")
     add("--image-size", type=int, choices=[16, 32, 64, 128], help="pixels; default 32, food101 128, synthetic 16")
-    add("--epochs", type=at_least(1), help="passes over the training images, of a mixture for each model; default "
-        f"100 (paper), synthetic {synthetic_epochs}")
+    add("--epochs", type=at_least(1), help=f"passes over the images, in a mixture for each model; default 100, "
+        f"synthetic {synthetic_epochs}")
     add("--batch-size", type=at_least(2), help="images per step; default 128 (paper), synthetic 64")
     add("--lr", type=at_least(1e-9, float), help="learning rate, falls along a cosine to 1%%; default 0.1 (paper), "
         "synthetic 0.015, to which it rises in the first fifth of the steps")
@@ -808,7 +807,7 @@ def parse(doc, add_options=lambda add: None, synthetic_epochs=7):
         args.network = f"{derive_seed([(name, *p.shape) for name, p in make_network(args, 10).named_parameters()]):x}"
     args.out.mkdir(parents=True, exist_ok=True)  # each rank may have a disk of its own
     if RANK == 0:
-        lock(args.out, wait=False)  # until the process ends
+        lock(args.out, wait=False)  # until the process ends, since nobody closes it
     return args
 
 

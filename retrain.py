@@ -21,6 +21,10 @@ from common import (RANK, SAME, WORLD, UserError, at_least, check_settings, conf
 from train_single import check_runs, finished_runs, load_for_training, parse_configs, summarise, train_network
 
 
+TRAINED = ["configuration", "M multiply-adds", "val acc", "test acc", "deviation", "runs", "gain", "error, seeds",
+           "error, images", "why"]
+
+
 def load_searches(args, settings):
     """The searches in --out: {names of the files: {configuration: mean score of the seeds}}, a key for each setting.
 
@@ -64,6 +68,23 @@ def errors_of_gain(entry, base, images):
     return None if None in seeds else math.sqrt(sum(seeds)), math.sqrt(sum(sampling))
 
 
+def trained_rows(data):
+    """Rows of TRAINED from the content of retrain.json or propose.json: in the order of training, or the best first.
+
+    Accuracies in %; gains over the default and their errors (`errors_of_gain`) in points."""
+    def points(fraction, sign=""):
+        return "-" if fraction is None else f"{100 * fraction:{sign}.2f}"
+    rows, base = [], data["default"]
+    for r in sorted(data["results"], key=lambda r: (r.get("order") or math.inf, -r["test_acc"])):
+        gain, errors = None, [None, None]
+        if base and r["config"] != base["config"]:
+            gain, errors = r["test_acc"] - base["test_acc"], errors_of_gain(r, base, data["n_test"])
+        rows.append([config_text(r["config"]), f"{r['macs'] / 1e6:.1f}", points(r.get("val_acc")),
+                     points(r["test_acc"]), points(r["std"]), len(r["runs"]), points(gain, "+"), *map(points, errors),
+                     r["why"]])
+    return rows
+
+
 def main():
     def options(add):
         add("--runs", type=at_least(1), default=3, help="seeds of each, from --seed up; default 3")
@@ -82,33 +103,23 @@ def main():
     check_runs(args.out / "retrain", settings)
     say(f"retraining {', '.join(f'{config_text(config)} ({reason})' for config, reason in why.items())}")
     data = load_for_training(args)
-    runs = known_runs(args, settings, "single") | known_runs(args, settings, "retrain")
+    single = known_runs(args, settings, "single")
+    runs = single | known_runs(args, settings, "retrain")
     wanted = [(config, seed) for seed in range(args.seed, args.seed + args.runs) for config in why]
     for config, seed in [key for key in wanted if key not in runs][RANK::WORLD]:
         train_network(config, seed, data, args, settings, args.out / "retrain")
 
-    runs = known_runs(args, settings, "single") | finished_runs(args.out / "retrain")
-    entries = summarise({key: run for key, run in runs.items() if key[0] in why})
+    runs = {key: run for key, run in (single | finished_runs(args.out / "retrain")).items() if key[0] in why}
     results = [{**describe(config, args, len(data[2])), **entry, "why": why[config]}
-               for config, entry in entries.items()]
-    images = len(data[1].labels)
+               for config, entry in summarise(runs).items()]
     if RANK == 0:
-        write_results(args, "retrain", settings, data[2], results, "test_acc", (len(data[0].labels), 0, images),
-                      sum(run["seconds"] for key, run in runs.items() if key[0] in why), table=False,
-                      history=[entry for key, run in runs.items() if key[0] in why for entry in run["history"]])
-    def points(fraction, sign=""):
-        return None if fraction is None else f"{100 * fraction:{sign}.2f}"
-    base, rows = entries[usual], []
-    for r in sorted(results, key=lambda r: -r["test_acc"]):
-        gain = [None] * 3
-        if r["config"] != list(usual):
-            gain = [points(r["test_acc"] - base["test_acc"], "+"), *map(points, errors_of_gain(r, base, images))]
-        rows.append([config_text(r["config"]), f"{r['macs'] / 1e6:.1f}", points(r["test_acc"]), points(r["std"]),
-                     len(r["runs"]), *gain, r["why"]])
-    say(f"accuracy on {images} test images, %; gain over the default, points; its standard error by the seeds, and "
-        f"by the number of test images (at most)")
-    print_table(["configuration", "M multiply-adds", "test acc", "deviation", "runs", "gain", "error, seeds",
-                 "error, images", "why"], rows)
+        images = len(data[1].labels)
+        found = write_results(args, "retrain", settings, data[2], results, "test_acc",
+                              (len(data[0].labels), 0, images), sum(run["seconds"] for run in runs.values()),
+                              table=False, history=[entry for run in runs.values() for entry in run["history"]])
+        say(f"accuracy on {images} test images, %; gain over the default, points; its standard error by the seeds, and "
+            f"by the number of test images (at most)")
+        print_table(TRAINED[:2] + TRAINED[3:], [row[:2] + row[3:] for row in trained_rows(found)])  # none of val acc
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import numpy as np
 
 from common import (RANK, WORLD, UserError, at_least, config_text, default_config, describe, gather, parse,
                     pooling_configs, print_table, run_main, say, settings_of, write_results)
-from retrain import errors_of_gain, known_runs, load_searches
+from retrain import TRAINED, known_runs, load_searches, trained_rows
 from train_single import check_runs, load_for_training, summarise, train_network
 
 # ---- The prior: what is believed before the first training, in percentage points of accuracy -------------------------
@@ -202,23 +202,15 @@ def report(args, settings, data, runs, fields, values):
     for config, entry in summarise(runs).items():
         reason = next(run for run in entry["runs"] if "why" in run)
         results.append({**within[config], **entry, "why": reason["why"], "order": reason.get("order")})
-    chose, reported = len(data[1].labels) // 2, (len(data[1].labels) + 1) // 2
+    chose, reported = (len(half) for half in np.array_split(data[1].labels, 2))
     if RANK == 0:
-        write_results(args, "propose", settings, data[2], results, "val_acc", (len(data[0].labels), chose, reported),
-                      sum(run["seconds"] for run in runs.values()), table=False,
-                      history=[entry for run in runs.values() for entry in run["history"]])
-    base, rows = next((r for r in results if tuple(r["config"]) == default_config(args.layers, args.scales)), None), []
-    for r in sorted(results, key=lambda r: -r["val_acc"]):
-        other = base or r
-        gain = [f"{100 * (r['test_acc'] - other['test_acc']):+.2f}",
-                *(error and f"{100 * error:.2f}" for error in errors_of_gain(r, other, reported))]
-        rows.append([config_text(r["config"]), f"{r['macs'] / 1e6:.1f}", f"{100 * r['val_acc']:.2f}",
-                     f"{100 * r['test_acc']:.2f}", len(r["runs"]), *([None] * 3 if r is other else gain), r["order"],
-                     r["why"]])
-    say(f"\nval acc, %, on {chose} test images, chose {rows[0][0]}; test acc, %, on the {reported} others; gain over "
-        f"the default, points; its standard error by the seeds, and by the number of test images (at most)")
-    print_table(["configuration", "M multiply-adds", "val acc", "test acc", "runs", "gain", "error, seeds",
-                 "error, images", "order", "why"], rows)
+        found = write_results(args, "propose", settings, data[2], results, "val_acc",
+                              (len(data[0].labels), chose, reported), sum(run["seconds"] for run in runs.values()),
+                              table=False, history=[entry for run in runs.values() for entry in run["history"]])
+        say(f"\nval acc, %, on {chose} test images, chose {config_text(found['best']['config'])}; test acc, %, on the "
+            f"{reported} others; gain over the default, points; its standard error by the seeds, and by the number of "
+            f"test images (at most)")
+        print_table(TRAINED, trained_rows(found))
 
 
 def print_beliefs(space, macs, scores, values, counts, max_macs):

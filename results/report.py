@@ -18,10 +18,9 @@ import numpy as np
 
 from common import (Parser, UserError, config_text, count_macs, default_config, kendall_tau, load_json, pareto,
                     print_table, run_main, say, whole_file)
-from retrain import errors_of_gain
+from retrain import TRAINED, trained_rows
 
 SEARCH = ["search", "images", "steps", "chosen", "tau", "tau with exposure", "tau with cost", "regret"]
-TRAINED = ["configuration", "val acc", "test acc", "runs", "gain", "error, seeds", "error, images", "why"]
 MEANING = {  # of the columns that are not plain
     "steps": "in all; the M models of a mixture share them",
     "chosen": "the configuration with the best score; runs that differ only in their seed stand side by side",
@@ -86,20 +85,6 @@ def search_rows(searches, truth):
                  *("-" if f is None else f"{f:.2f}" for f in figures_of(results, truth))]
                 for results in groups[name, images, steps]]
         rows.append([name, images, steps, *map(", ".join, zip(*runs))])
-    return rows
-
-
-def trained_rows(data):
-    """Rows of TRAINED from the content of retrain.json or propose.json: in the order of training, or the best first."""
-    def points(fraction, sign=""):
-        return "-" if fraction is None else f"{100 * fraction:{sign}.2f}"
-    rows, base = [], data["default"]
-    for r in sorted(data["results"], key=lambda r: (r.get("order") or math.inf, -r["test_acc"])):
-        gain, errors = None, [None, None]
-        if base and r["config"] != base["config"]:
-            gain, errors = r["test_acc"] - base["test_acc"], errors_of_gain(r, base, data["n_test"])
-        rows.append([config_text(r["config"]), points(r.get("val_acc")), points(r["test_acc"]), len(r["runs"]),
-                     points(gain, "+"), *map(points, errors), r["why"]])
     return rows
 
 
