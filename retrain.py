@@ -20,7 +20,6 @@ from common import (RANK, SAME, WORLD, UserError, at_least, check_settings, conf
                     gather, load_json, parse, pooling_configs, print_table, run_main, say, settings_of, write_results)
 from train_single import check_runs, finished_runs, load_for_training, parse_configs, summarise, train_network
 
-
 TRAINED = ["configuration", "M multiply-adds", "val acc", "test acc", "deviation", "runs", "gain", "error, seeds",
            "error, images", "why"]
 

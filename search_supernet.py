@@ -96,11 +96,11 @@ def begin_search(args, stage, *options):
         training=training, scoring=scoring, steps=steps_per_epoch(training, args.batch_size))
 
 
-def make_learner(search, args, *number, kind=Learner, norm=batch_statistics_norm, **options):
+def make_learner(search, args, *number, kind=Learner, norm=batch_statistics_norm):
     """A SuperNet with first weights that depend on --seed and perhaps a number, as a Learner or another `kind`."""
     torch.manual_seed(derive_seed("weights", args.seed, *number))
     network = make_network(args, len(search.classes), norm)
-    return kind(network, args.device, args.amp, args.weight_decay, **options)
+    return kind(network, args.device, args.amp, args.weight_decay)
 
 
 def finish_search(search, args, learners, history, notes, **extra):
