@@ -779,7 +779,7 @@ def parse(doc, add_options=lambda add: None, synthetic_epochs=7):
     add("--device", default="auto", help="auto (default: cuda, then mps, then cpu) or a torch device")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="mixed precision; default auto: what "
         "the GPU has; on a CPU bf16 where it has AMX or AVX512-BF16, else off")
-    add("--limit-train", type=at_least(1), help="first N training images of a fixed class-balanced shuffle; default all")
+    add("--limit-train", type=at_least(1), help="first N training images of a fixed, class-balanced shuffle")
     add_options(add)
     args = parser.parse_args()
     synthetic = args.dataset == "synthetic"  # few steps: at a rate of 0.1 some configurations would not begin to learn

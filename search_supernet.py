@@ -104,7 +104,7 @@ def make_learner(search, args, *number, kind=Learner, norm=batch_statistics_norm
 
 
 def finish_search(search, args, learners, history, notes, **extra):
-    """Score every configuration on the whole scoring half, judge the ranking by single.json, write and print.
+    """Score every configuration on the whole scoring half, judge the ranking by single.json, write, print, return it.
 
     notes: for each configuration what its result holds beside its score; "model" names the learner that scores it."""
     began = shown = time.monotonic()
@@ -119,13 +119,14 @@ def finish_search(search, args, learners, history, notes, **extra):
             say(f"{search.label}scored {len(results)} of {len(search.configs)}, {left:.1f} min left", every_rank=True)
     rank = judge(args.out / "single.json", search.settings, results)
     seconds = sum(entry["seconds"] for entry in history) + time.monotonic() - began
-    write_results(args, search.name, search.settings, search.classes, results, "val_acc",
-                  (len(search.training.labels), len(search.scoring.labels), 0), seconds, rank=rank, **extra,
-                  history=history)
+    data = write_results(args, search.name, search.settings, search.classes, results, "val_acc",
+                         (len(search.training.labels), len(search.scoring.labels), 0), seconds, rank=rank, **extra,
+                         history=history)
     if rank:
         say(f"{search.name}.json against single.json, {rank['n']} configurations: Kendall's tau "
             f"{rank['kendall_tau'] or 0:.2f}, by multiply-adds alone {rank['kendall_tau_macs'] or 0:.2f}; its choice "
             f"is {100 * rank['regret']:.2f} points below the best", every_rank=True)
+    return data
 
 
 def judge(path, settings, results):

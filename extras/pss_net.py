@@ -19,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import (Learner, ResNet20, at_least, cosine_lr, derive_seed, evaluate, log_epoch, make_network, parse,
-                    print_table, run_main, save_checkpoint, training_batches)
+                    print_table, run_main, save_checkpoint, save_json, training_batches)
 from search_supernet import begin_search, finish_search, make_learner
 
 BLOCK = 36  # steps between two updates of the pools: one wait for the device instead of 36
@@ -122,20 +122,21 @@ def main():
         save_checkpoint(search.checkpoint, {"history": history, "counts": counts.tolist(), "pools": sampler.pools,
                                             "learner": learner.state_dict(), "args": search.settings})
 
+    found = finish_search(search, args, [learner], history, [{"steps": count} for count in counts.tolist()])
     # ---- the best of each pool, or of a class that was never drawn, as a network of its own -------------------------
+    scores = {tuple(r["config"]): r["val_acc"] for r in found["results"]}
     batches = training_batches(*search.training, args.batch_size, args.device, derive_seed("calibration", args.seed))
     feed, budgets = [x for _, (x, _) in zip(range(8), batches)], []
     for pool, members in zip(sampler.pools, sampler.classes):
-        scores = {i: evaluate(learner.score, search.scoring, search.configs[i], args.device, args.batch_size)
-                  for i in pool or members}
-        best, network = max(scores, key=scores.get), make_network(args, len(search.classes))
+        best = max(pool or members, key=lambda i: scores[search.configs[i]])
+        network = make_network(args, len(search.classes))
         extract_network(learner.network.state_dict(), search.configs[best], feed, network)
         score = Learner(network, args.device, args.amp).score
         calibrated = evaluate(score, search.scoring, network.config, args.device)
         budgets.append({"budget": int(max(search.macs[members])), **search.fields[best],
-                        "val_acc": round(scores[best], 6), "calibrated_val_acc": round(calibrated, 6)})
+                        "val_acc": scores[network.config], "calibrated_val_acc": round(calibrated, 6)})
     print_table([*budgets[0]], [[*row.values()] for row in budgets])
-    finish_search(search, args, [learner], history, [{"steps": count} for count in counts.tolist()], budgets=budgets)
+    save_json(args.out / f"{search.name}.json", {**found, "budgets": budgets})
 
 
 if __name__ == "__main__":
