@@ -181,7 +181,7 @@ def read_image(path, size):
     """Decode an image file to uint8 (size, size, 3): upright, shorter side resized, centre square, on white.
 
     What is attached to it (EXIF, colour profile, text) never decides whether it is read. Raises what Pillow raises for
-    no image or one of more than 179 million pixels, and ValueError for more than 8 bits a channel."""
+    no image or one of more than 179 million pixels, and ValueError for grey ones of more than 8 bits."""
     from PIL import Image, ImageOps, PngImagePlugin
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 30
     with Image.open(path, formats=["JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF"]) as image:  # none that runs code
@@ -685,7 +685,7 @@ def kendall_tau(x, y):
 
 
 def pareto(results, key):
-    """The entries that no other beats: none is as cheap in `macs` and better in `key`. Cheapest first."""
+    """The entries to which no other, as cheap in `macs`, is equal or better in `key`; one of equals. Cheapest first."""
     front = []
     for entry in sorted(results, key=lambda r: (r["macs"], -r[key])):
         if not front or entry[key] > front[-1][key]:
@@ -792,6 +792,8 @@ def parse(doc, add_options=lambda add: None, synthetic_epochs=7):
     if args.scales > most:
         raise UserError(f"--scales {args.scales}: {args.layers} layers and this image size allow {most}")
     args.out = args.out or Path("runs", Path(args.dataset).resolve().name)
+    if args.out.resolve() == Path(args.data_dir).resolve():  # both are locked
+        raise UserError(f"--out and --data-dir are the same folder, {args.out}: choose another --out")
     args.device = pick_device(args.device, LOCAL_RANK)
     if args.device.type == "cuda":
         torch.cuda.set_device(args.device)

@@ -75,7 +75,7 @@ def begin_search(args, stage, *options):
 
     options: the script's own options that determine the result. Returns a namespace: name, checkpoint (path), settings,
     label of log lines, state (a checkpoint or None), configs, their fields and macs, training and scoring (Split),
-    classes, steps of an epoch. Raises UserError where a run with other settings is there."""
+    classes, steps of an epoch (of the smaller half). Raises UserError where a run with other settings is there."""
     args.seed += RANK
     name = f"{stage}-seed{args.seed}" if args.seed else stage
     checkpoint, written = args.out / f"{name}.pt", args.out / f"{name}.json"
@@ -93,7 +93,7 @@ def begin_search(args, stage, *options):
     return SimpleNamespace(
         name=name, checkpoint=checkpoint, settings=settings, state=state, classes=classes, configs=configs,
         label=f"seed {args.seed}  " if WORLD > 1 else "", fields=fields, macs=np.array([f["macs"] for f in fields]),
-        training=training, scoring=scoring, steps=steps_per_epoch(training, args.batch_size))
+        training=training, scoring=scoring, steps=steps_per_epoch(scoring, args.batch_size))
 
 
 def make_learner(search, args, *number, kind=Learner, norm=batch_statistics_norm):

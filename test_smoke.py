@@ -467,9 +467,12 @@ def test_a_gpu_without_kernels_is_left_alone_and_a_cpu_has_bf16_where_its_flags_
     ("search_mixture.py --dataset .", "train/<class>"),
     ("search_mixture.py --dataset synthetic --out busy", "in use"),
     ("search_mixture.py --dataset synthetic --batch-size 64 --limit-train 40", "--batch-size 64"),
+    (f"search_mixture.py {' '.join(TINY)} --limit-train 31", "the 15 images"),  # the smaller half
+    ("train_single.py --out data/", "--out and --data-dir"),
     (f"search_mixture.py {' '.join(TINY)} --lr 1e38", "not finite in epoch 1"),
     ("retrain.py --dataset synthetic", "run search_supernet.py"),
-    ("results/report.py .", ". holds no JSON")])
+    ("results/report.py .", ". holds no JSON"),
+    ("results/compare.py --dataset cifar10", "--truth")])
 def test_a_mistake_is_one_line_and_touches_nothing(command, message):
     with common.lock("busy", wait=False):
         assert message in refused(*command.split()) and not files(".")

@@ -77,7 +77,7 @@ def two_views(images, labels, batch_size, device, seed):
 
 
 def partner(choice, configs, rng):
-    """A second path for the first, an index, drawn uniformly among those whose poolings differ by two layers in all."""
+    """A second path for the first, an index, drawn uniformly where the poolings are two layers or more apart."""
     positions = np.cumsum(configs, 1)
     apart = np.abs(positions - positions[choice]).sum(1)
     return int(rng.choice(np.flatnonzero(apart >= min(2, apart.max()))))

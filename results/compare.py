@@ -22,7 +22,7 @@ import numpy as np
 from common import Parser, UserError, at_least, load_json, pick_amp, pick_device, run_main, save_json, say
 from results.report import figures_of, show_table
 
-WAYS = {  # name: (command, epochs as a part of those of a uniform search, batches scored for each path trained)
+WAYS = {  # name: (command, epochs as a part of those of a uniform search, passes without training for each)
     "uniform": ("search_supernet", 1, 0),
     "cost": ("search_supernet --sampler cost", 1, 0),
     "mixture": ("search_mixture --models 4", 1 / 4, 1),
@@ -42,17 +42,17 @@ WAYS = {  # name: (command, epochs as a part of those of a uniform search, batch
 FIGURES = ["tau", "tau with exposure", "regret", "cost of a step"]
 
 
-def figures(search, scored, truth):
-    """FIGURES of one search, from its JSON. scored: batches scored for each path trained, a third of its cost.
+def figures(search, read, truth):
+    """FIGURES of one search, from its JSON. read: passes that only score or teach, for each path trained.
 
-    The cost of a step is in multiply-adds, where training the average configuration is 1. Raises UserError where the
-    truth knows too few."""
+    The cost of a step is in multiply-adds, where training the average configuration, three passes, is 1. Raises
+    UserError where the truth knows too few."""
     tau, with_exposure, _, regret = figures_of(search["results"], truth)
     if tau is None:
         raise UserError("--truth knows fewer than half of the configurations: name another, or --dataset")
     macs, steps = np.array([(r["macs"], r["steps"]) for r in search["results"]]).T
     taken = len(search["history"]) * (search["n_train"] // search["args"]["batch_size"])
-    return [tau, with_exposure, regret, (3 + scored) / 3 * float((macs * steps).sum()) / taken / float(macs.mean())]
+    return [tau, with_exposure, regret, (3 + read) / 3 * float((macs * steps).sum()) / taken / float(macs.mean())]
 
 
 def show_ways(ways, source, markdown=False):
@@ -71,8 +71,7 @@ def main():
     parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--dataset", default="synthetic", help="as in the scripts; default synthetic")
-    add("--truth", type=Path, default=Path("results/synthetic/single.json"), help="a single.json; default that of the "
-        "made-up data set in results")
+    add("--truth", type=Path, help="a single.json; needed, but for synthetic, whose own is in results")
     add("--out", type=Path, help="folder of the runs; default runs/compare/<dataset>")
     add("--seeds", type=at_least(2), default=5, help="runs of each way; default 5")
     add("--epochs", type=at_least(4), default=24, help="of a uniform search; default 24")
@@ -81,6 +80,9 @@ def main():
     add("--amp", choices=["auto", "bf16", "off"], default="auto", help="precision of all runs; default auto, as in the "
         "scripts")
     args = parser.parse_args()
+    if not args.truth and args.dataset != "synthetic":
+        parser.error(f"--truth: name the single.json of {args.dataset}")
+    args.truth = args.truth or Path("results/synthetic/single.json")
     truth = {tuple(r["config"]): r["test_acc"] for r in load_json(args.truth, "test_acc")["results"]}
     out = args.out or Path("runs/compare", Path(args.dataset).resolve().name)
     amp = pick_amp(args.amp, pick_device(args.device))

@@ -75,7 +75,8 @@ def search_rows(searches, truth):
         args, sampler = search["args"], search["args"].get("sampler")
         words = [search["stage"].replace("supernet", "SuperNet"), f"M = {args['models']}" if "models" in args else "",
                  "by cost" if sampler == "cost" else sampler, "not balanced" if args.get("no_balance") else "",
-                 f"weight decay {args['weight_decay']:g}" if args["weight_decay"] else ""]
+                 f"weight decay {args['weight_decay']:g}" if args["weight_decay"] else "",
+                 *(f"{name} {args[name]:g}" for name in ("pools", "pool_size", "split_at") if args.get(name, 1) != 1)]
         steps = len(search["history"]) * (search["n_train"] // args["batch_size"])
         key = ", ".join(filter(None, words)), search["n_train"] + search["n_val"], steps
         groups.setdefault(key, []).append(search["results"])
@@ -150,7 +151,8 @@ def main():
     judge = args.truth or (own if files.get(own, {}).get("stage") == "single" else None)
     truth, pictures = {}, {}
     if judge:
-        results = [{"macs": count_macs(r["config"]), **r} for r in load_json(judge, "test_acc")["results"]]
+        results = [r if "macs" in r else {**r, "macs": count_macs(r["config"])}
+                   for r in load_json(judge, "test_acc")["results"]]
         results.sort(key=lambda r: -r["test_acc"])
         truth = {tuple(r["config"]): r["test_acc"] for r in results}
         say(f"{judge} knows {len(truth)} configurations, the best is {config_text(results[0]['config'])}")
