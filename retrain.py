@@ -93,7 +93,7 @@ def main():
     why = {usual: "default"}
     for names, scores in gather(load_searches(args, settings))[0].items():  # the first rank's, with a disk of its own
         best = max(scores, key=scores.get)
-        why[best] = f"{why[best]}, {names}" if best in why else f"best of {names}"
+        why[best] = f"{why[best]}; {names}" if best in why else f"best of {names}"
     for config in parse_configs(args.config, args):
         why.setdefault(config, "--config")
     if len(why) == 1 and why[usual] == "default" and not args.config:
