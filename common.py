@@ -685,7 +685,7 @@ def kendall_tau(x, y):
 
 
 def pareto(results, key):
-    """The entries to which no other, as cheap in `macs`, is equal or better in `key`; one of equals. Cheapest first."""
+    """The entries that are better in `key` than all that is as cheap in `macs`; of equals one. Cheapest first."""
     front = []
     for entry in sorted(results, key=lambda r: (r["macs"], -r[key])):
         if not front or entry[key] > front[-1][key]:
