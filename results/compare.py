@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from common import Parser, UserError, at_least, load_json, pick_amp, pick_device, run_main, save_json, say
-from results.report import figures_of, show_table
+from results.report import figures_of, show_table, steps_of
 
 WAYS = {  # name: (command, epochs as a part of those of a uniform search, passes without training for each)
     "uniform": ("search_supernet", 1, 0),
@@ -51,8 +51,8 @@ def figures(search, read, truth):
     if tau is None:
         raise UserError("--truth knows fewer than half of the configurations: name another, or --dataset")
     macs, steps = np.array([(r["macs"], r["steps"]) for r in search["results"]]).T
-    taken = len(search["history"]) * (search["n_train"] // search["args"]["batch_size"])
-    return [tau, with_exposure, regret, (3 + read) / 3 * float((macs * steps).sum()) / taken / float(macs.mean())]
+    cost = (3 + read) / 3 * float((macs * steps).sum()) / steps_of(search) / float(macs.mean())
+    return [tau, with_exposure, regret, cost]
 
 
 def show_ways(ways, source, markdown=False):

@@ -43,6 +43,11 @@ def exposure(configs):
     return np.log((resolutions[:, None] == resolutions).mean(1)).mean(1).round(9)  # so that ties are ties
 
 
+def steps_of(search):
+    """The steps that a search took, from its JSON: an epoch has those of the smaller half of the images."""
+    return len(search["history"]) * (min(search["n_train"], search["n_val"]) // search["args"]["batch_size"])
+
+
 def figures_of(results, truth):
     """Of a search's results: tau with the truth, with `exposure`, with multiply-adds, and regret in points.
 
@@ -77,8 +82,7 @@ def search_rows(searches, truth):
                  "by cost" if sampler == "cost" else sampler, "not balanced" if args.get("no_balance") else "",
                  f"weight decay {args['weight_decay']:g}" if args["weight_decay"] else "",
                  *(f"{name} {args[name]:g}" for name in ("pools", "pool_size", "split_at") if args.get(name, 1) != 1)]
-        steps = len(search["history"]) * (search["n_train"] // args["batch_size"])
-        key = ", ".join(filter(None, words)), search["n_train"] + search["n_val"], steps
+        key = ", ".join(filter(None, words)), search["n_train"] + search["n_val"], steps_of(search)
         groups.setdefault(key, []).append(search["results"])
     rows = []
     for name, images, steps in sorted(groups, key=lambda key: (-key[2], -key[1], key[0])):
