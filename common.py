@@ -180,8 +180,9 @@ def synthetic_images(n, seed):
 def read_image(path, size):
     """Decode an image file to uint8 (size, size, 3): upright, shorter side resized, centre square, on white.
 
-    What is attached to it (EXIF, colour profile, text) never decides whether it is read. Raises what Pillow raises for
-    no image or one of more than 179 million pixels, and ValueError for grey ones of more than 8 bits."""
+    What is attached to it (EXIF, colour profile, text) never decides whether it is read; for that Pillow's limits on
+    the text of PNGs are lifted in the whole process. Raises what Pillow raises for no image or one of more than 179
+    million pixels, and ValueError for grey ones of more than 8 bits."""
     from PIL import Image, ImageOps, PngImagePlugin
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 30
     with Image.open(path, formats=["JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF"]) as image:  # none that runs code
@@ -286,9 +287,9 @@ def load_dataset(name, data_dir="data", image_size=None, limit_train=None, devic
     """Load `cifar10`, `cifar100`, `food101`, `synthetic` or a folder of images with train/ and test/ (or val/).
 
     data_dir: where data sets are kept and downloaded to, and decoded images cached (in data/cache if it is read-only).
-    limit_train: only the first images of a fixed class-balanced shuffle, which is the order of every split. device: a
-    GPU to move them to, if it has three times the room. Returns (training Split, test Split, names of the classes).
-    Raises UserError."""
+    image_size: side in pixels, by default IMAGE_SIZE; pixel arrays have no other. limit_train: only the first images of
+    a fixed class-balanced shuffle, which is the order of every split. device: a GPU to move them to, if it has three
+    times the room. Returns (training Split, test Split, names of the classes). Raises UserError."""
     usual = IMAGE_SIZE.get(name, 32)
     size = image_size or usual
     if name in ARRAYS and size != usual:
@@ -365,9 +366,9 @@ def derive_seed(*parts):
 
 
 def cosine_lr(step, steps, lr, warm_up=0.0):
-    """Learning rate of step 0..steps-1: from `lr` down to 1 % of it along a cosine (paper: 0.1 to 0.001).
+    """Learning rate of step 0..steps-1: from `lr` down to 1 % of it along a cosine.
 
-    warm_up: the part of the steps, 0 to 1, in which it first rises."""
+    Paper: 0.1 to 0.001, changed once an epoch. warm_up: the part of the steps, 0 to 1, in which it first rises."""
     rising = min(1.0, (step + 1) / (warm_up * steps)) if warm_up else 1.0
     return rising * lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
@@ -418,8 +419,9 @@ def graphed(step, device):
 class Learner:
     """A network with its optimiser and gradient scaler: training and scoring of single batches, never waiting.
 
-    network: takes (x, path), path a tuple; device: a torch.device; amp: "bf16", "fp16" or "off"; graphs: replay steps
-    as CUDA graphs, one for each path, whose results the next step overwrites. To learn otherwise, override `loss`."""
+    network: takes x, float (B, C, S, S), and path, a tuple; y: labels, int64 (B,), both on the device, a torch.device;
+    amp: "bf16", "fp16" or "off"; graphs: replay steps as CUDA graphs, one for each path, whose results the next step
+    overwrites. To learn otherwise, override `loss`."""
 
     def __init__(self, network, device, amp="off", weight_decay=0.0, graphs=True):
         self.network = network.to(device, memory_format=torch.channels_last)
@@ -494,8 +496,8 @@ def keep_freed_memory():
     That is half the time of a bf16 step on two cores with AVX512-BF16; in float32 with AVX2 it is 0 to 15 %."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: heap below 1 GiB
-        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: do not shrink the heap
+        if libc.mallopt(-3, 1 << 30) or libc.mallopt(-3, 1 << 25):  # M_MMAP_THRESHOLD; 32 MiB is what mallopt(3) grants
+            libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: do not shrink the heap
 
 
 def pick_device(name="auto", number=0):
@@ -635,7 +637,7 @@ def load_checkpoint(path, settings):
 
 SETTINGS = ("dataset", "data_digest", "image_size", "layers", "scales", "epochs", "batch_size", "lr", "warm_up",
             "weight_decay", "limit_train", "amp", "network")  # what determines a training, with configuration and seed
-SAME = SETTINGS[:5]  # what a search must share with a training that judges it or follows it
+SAME = *SETTINGS[:5], "network"  # what a search must share with a training that judges it or follows it
 
 
 def settings_of(args, *own):
@@ -685,7 +687,7 @@ def kendall_tau(x, y):
 
 
 def pareto(results, key):
-    """The entries that are better in `key` than all that is as cheap in `macs`; of equals one. Cheapest first."""
+    """The entries that beat, in `key`, every other of at most their `macs`; of equals one. Cheapest first."""
     front = []
     for entry in sorted(results, key=lambda r: (r["macs"], -r[key])):
         if not front or entry[key] > front[-1][key]:

@@ -97,8 +97,8 @@ def main():
     for config in parse_configs(args.config, args):
         why.setdefault(config, "--config")
     if len(why) == 1 and why[usual] == "default" and not args.config:
-        raise UserError(f"{args.out} holds no search of these images and this size: run search_supernet.py or "
-                        f"search_mixture.py first, or name configurations with --config")
+        raise UserError(f"{args.out} holds no search of these images and this network: run search_supernet.py "
+                        f"or search_mixture.py first, or name configurations with --config")
     check_runs(args.out / "retrain", settings)
     say(f"retraining {', '.join(f'{config_text(config)} ({reason})' for config, reason in why.items())}")
     data = load_for_training(args)

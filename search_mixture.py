@@ -30,11 +30,11 @@ BLOCK = 36  # steps between two updates of p(m | a): one wait for the device ins
 def balance(probs, tolerance=1e-8, rounds=10_000):
     """Rescale p(model | configuration) so that every model gets the same share of the configurations.
 
-    probs: float tensor (configurations, M), rows that sum to 1; returns the like: rows sum to 1, columns to
+    probs: float tensor (configurations, M), rows that sum to 1; returns the like: rows sum to 1, columns nearly to
     configurations / M. Alternately divides each column by its share (its mean) and renormalises each row, until
-    KL(shares || uniform) < tolerance (paper: 1e-4, section 4; a tighter one costs a few rounds of a small matrix).
-    This is Sinkhorn's algorithm. Zeros are lifted to 1e-30 first: a column of zeros could not be scaled.
-    Raises ValueError on negative or not finite entries."""
+    KL(shares || uniform) < tolerance (paper: 1e-4, section 4; a tighter one costs a few rounds of a small matrix) or
+    for `rounds` rounds. This is Sinkhorn's algorithm. Zeros are lifted to 1e-30 first: a column of zeros could not be
+    scaled. Raises ValueError on negative or not finite entries."""
     if not (torch.isfinite(probs).all() and (probs >= 0).all()):
         raise ValueError("probabilities must be finite and not negative")
     p = probs.double().clamp_min(1e-30)
@@ -52,7 +52,8 @@ class Assignment:
     """The matrix W of the paper: which model trains which configuration.
 
     W: float64 (configurations, M), running estimate of validation accuracy, 1 at the start (section 4); counts: int64
-    of the same shape, how often each pair was trained; momentum: of the running estimate (paper: 0.9)."""
+    of the same shape, how often each pair was trained; momentum: of the running estimate (paper: 0.9). To make one:
+    how many configurations and models. Later `configs` and `models` are indices, int (B,), one pair for each step."""
 
     def __init__(self, configs, models, momentum=0.9):
         self.W = torch.ones(configs, models, dtype=torch.float64)
@@ -65,12 +66,12 @@ class Assignment:
         return balance(probs) if balanced else probs
 
     def draw(self, probs, configs, rng):
-        """Draw a model for each of `configs` (a list of B indices) from its row of p(model | configuration): (B,)."""
+        """Draw a model for each of `configs` from its row of `probs`: int (B,). rng: a NumPy Generator."""
         edges = probs.cumsum(1).numpy()[configs, :-1]  # without the last edge rounding cannot fall off the end
         return (rng.random((len(configs), 1)) >= edges).sum(1)
 
     def update(self, configs, models, accuracies):
-        """Record scored steps in their order."""
+        """Record scored steps in their order. accuracies: (B,), fractions."""
         for a, m, accuracy in zip(configs, models, accuracies):
             self.W[a, m] = self.momentum * self.W[a, m] + (1 - self.momentum) * accuracy
             self.counts[a, m] += 1

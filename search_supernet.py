@@ -7,9 +7,9 @@
     torchrun --nproc_per_node=3 search_supernet.py         # seeds 0, 1 and 2, each on the GPU of its number
 
 Each step draws a configuration and takes one SGD step through it, on one half of the training images. Then every
-configuration is scored with the shared weights on the other half. With uniform draws the ranking mostly reflects how
-often the layers of a configuration were trained at its resolutions. Draws by cost (ours, not the paper's) train
-expensive configurations more often: a guess that they are better, at 1.32 times the multiply-adds of a step.
+configuration is scored with the shared weights on the other half. On CIFAR-10 the ranking by uniform draws mostly
+reflects how often the layers of a configuration were trained at its resolutions. Draws by cost (ours, not the paper's)
+train expensive configurations more often: a guess that they are better, at 1.32 times the multiply-adds of a step.
 
 Paper: Javan, Toews, Pedersoli, AutoML 2023, arXiv 2306.11982, section 4; Guo et al., ECCV 2020. Writes supernet.json
 and the weights to supernet.pt; another seed than 0 writes supernet-seed1.json and so on. Below the SuperNet stands

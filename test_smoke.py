@@ -366,8 +366,8 @@ def test_each_stage_leaves_the_json_that_the_next_one_reads(whole, monkeypatch):
         assert r["test_acc"] == pytest.approx(np.mean([run["test_acc"] for run in r["runs"]]), abs=1e-6)
 
 
-def test_retrain_averages_the_seeds_of_a_search_and_says_what_it_leaves_alone():
-    usual = {"dataset": "synthetic", "data_digest": "", "image_size": 16, "layers": 4, "scales": 2}
+def test_retrain_averages_the_seeds_of_a_search_and_says_what_it_leaves_alone(whole):
+    usual = {name: load(whole / "supernet.json")["args"][name] for name in common.SAME}
     Path("x").mkdir()
     Path("x/list.json").write_text("[1]")
     for name, scores, own in (("a", (0.3, 0.2, 0.1), {"seed": 0}), ("a-seed1", (0.1, 0.3, 0.5), {"seed": 1}),
@@ -504,6 +504,15 @@ def test_the_report_shows_a_new_folder_with_pictures_and_a_single_file(whole, mo
     assert "pip install matplotlib" in out or Path("pooling.png").exists() and Path(whole, "searches.png").exists()
 
 
+def test_the_report_sets_side_by_side_what_differs_in_its_seed_alone(whole):
+    Path("x").mkdir()
+    for name, own in (("a", {"seed": 0}), ("b", {"seed": 1}), ("c", {"lr": 0.3})):
+        search = load(whole / "supernet.json")
+        save_json(f"x/{name}.json", search | {"args": search["args"] | own})
+    rows = re.findall(r"^SuperNet, uniform +96 +6 +(.*?  )", run("results/report.py", "x"), re.M)
+    assert sorted(row.count("[") for row in rows) == [1, 2]
+
+
 def test_every_way_is_compared_and_no_run_is_repeated(monkeypatch):
     def search(command, **options):
         out, seed, module = (command[command.index(name) + 1] for name in ("--out", "--seed", "-m"))
@@ -543,6 +552,7 @@ def test_your_own_network_as_in_the_readme():
     run("retrain.py", *words, "--runs", "1", prepare=replace)
     assert len(load("x/mixture.json")["results"]) == 10 and load("x/retrain.json")["default"]
     assert "make_network (another network)" in refused("search_mixture.py", *words, "--models", "2")
+    assert "holds no search" in refused("retrain.py", *words)
 
 
 def test_the_network_that_stage_4_found_is_used_as_in_the_readme(capsys):

@@ -7,7 +7,7 @@
 Each step draws a configuration in proportion to exp(R / T), takes one SGD step through it, and scores it on one batch
 of the other half of the images. R is the running mean of a configuration's scores; the temperature T falls
 exponentially from 0.7 to 0.01 over the run. Scoring makes a step cost 1.33 steps of search_supernet.py, and with what
-is drawn 1.3 to 1.9.
+is drawn 1.2 to 1.7.
 
 Paper: Javan, Toews, Pedersoli, AutoML 2023, arXiv 2306.11982, table 2, without code or constants: the temperatures and
 the running mean are ours. Writes boltzmann.json and .pt; another seed than 0 writes boltzmann-seed1.json and so on.

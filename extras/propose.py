@@ -45,10 +45,10 @@ def gaussian_process(expected, features, positions, values, noise, length):
 
     The prior has the mean `expected` (n,), moved to the level of the known values, and the covariance
     k(i, j) = LEVEL^2 + SLOPE^2 f_i . f_j + SMOOTH^2 exp(-|p_i - p_j|^2 / (2 length^2)) + OWN_VARIANCE [i = j]
-    with the rows f of `features` (n, d) and p of `positions` (n, p). values: (n,) in percentage points, NaN where
-    unknown; noise: the deviation of known ones, (n,). Returns mean and deviation, (n,) each, of the values without
-    noise. All deviations grow where the known values fit this badly and shrink where they fit well, so that a spread of
-    tens of points needs no other prior."""
+    with the rows f of `features` (n, d) and p of `positions` (n, q), and `length` in the units of p. values: (n,) in
+    percentage points, NaN where unknown; noise: the deviation of known ones, (n,). Returns mean and deviation, (n,)
+    each, of the values without noise. All deviations grow where the known values fit this badly and shrink where they
+    fit well, so that a spread of tens of points needs no other prior."""
     seen = np.isfinite(values)
     distance = np.linalg.norm(positions[:, None] - positions, axis=-1)
     covariance = LEVEL ** 2 + SLOPE ** 2 * features @ features.T + SMOOTH ** 2 * np.exp(-0.5 * (distance / length) ** 2)

@@ -82,14 +82,15 @@ def search_rows(searches, truth):
                  "by cost" if sampler == "cost" else sampler, "not balanced" if args.get("no_balance") else "",
                  f"weight decay {args['weight_decay']:g}" if args["weight_decay"] else "",
                  *(f"{name} {args[name]:g}" for name in ("pools", "pool_size", "split_at") if args.get(name, 1) != 1)]
-        key = ", ".join(filter(None, words)), search["n_train"] + search["n_val"], steps_of(search)
+        key = (", ".join(filter(None, words)), search["n_train"] + search["n_val"], steps_of(search),
+               *(str(args.get(name)) for name in ("dataset", "image_size", "batch_size", "lr")))
         groups.setdefault(key, []).append(search["results"])
     rows = []
-    for name, images, steps in sorted(groups, key=lambda key: (-key[2], -key[1], key[0])):
+    for key in sorted(groups, key=lambda key: (-key[2], -key[1], key[0])):
         runs = [[config_text(max(results, key=lambda r: r["val_acc"])["config"]),
                  *("-" if f is None else f"{f:.2f}" for f in figures_of(results, truth))]
-                for results in groups[name, images, steps]]
-        rows.append([name, images, steps, *map(", ".join, zip(*runs))])
+                for results in groups[key]]
+        rows.append([*key[:3], *map(", ".join, zip(*runs))])
     return rows
 
 
