@@ -272,6 +272,17 @@ def list_images(name, data_dir):
     return [train[0], test[0]], train[1] + test[1]
 
 
+def digest_images(name, data_dir):
+    """Of the names and sizes of a data set's files, the same for a copy elsewhere; "" for arrays. Says how many."""
+    if name in ARRAYS:
+        return ""
+    parts, skipped = list_images(name, data_dir)
+    files = [(c, Path(f).name, os.path.getsize(f)) for part in parts for c in part for f in part[c]]
+    say(f"{name}: {len(parts[0])} classes, {len(files)} images; skipped {skipped} files (hidden, linked twice, or no "
+        f"images by their names)")
+    return f"{derive_seed(files):x}"
+
+
 def fetch(kind, data_dir, **options):
     """A data set of torchvision.datasets, downloaded if missing, by one process at a time. Raises UserError."""
     import torchvision.datasets
@@ -512,7 +523,7 @@ def pick_device(name="auto", number=0):
                 device = torch.device("cuda", number % max(1, torch.cuda.device_count()))
             torch.ones(8, device=device).mul(2).sum().item()  # there are GPUs that torch has no kernels for
             return device
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
+        except (RuntimeError, AssertionError, ImportError) as error:
             problem = f"--device {candidate} cannot be used here ({str(error).splitlines()[0]})"
             if name != "auto":
                 raise UserError(f"{problem}: use auto, cpu or another") from None
@@ -609,7 +620,8 @@ def load_json(path, key=None):
             raise ValueError(f"no results with config and {key}")
         return data
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged or of another kind ({error!r}): make it anew or name another") from None
+        raise UserError(f"{path} is damaged or of another kind ({type(error).__name__}: {error}): delete it or name "
+                        f"another") from None
 
 
 def save_checkpoint(path, state):
@@ -629,8 +641,8 @@ def load_checkpoint(path, settings):
         found = state["args"]
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # whatever a damaged file makes zip and unpickler raise
-        raise UserError(f"{path} is damaged ({error}): delete it to start over") from None
+    except Exception:  # whatever a damaged file makes zip and unpickler raise
+        raise UserError(f"{path} is damaged: delete it to start over") from None
     check_settings(path, found, settings)
     return state
 
@@ -652,7 +664,7 @@ def check_settings(path, found, settings):
               for name, value in settings.items() if found.get(name) != value]
     if differ:
         raise UserError(f"{path} is of a run with other settings: {', '.join(differ)}; use those, choose another "
-                        f"--out, or delete the folder")
+                        f"--out, or delete the .json and .pt of that run")
 
 
 def steps_per_epoch(split, batch_size):
@@ -750,11 +762,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def at_least(low, kind=int):
-    """An argparse type: a finite number of this kind, not below `low`."""
+    """An argparse type: a number of this kind, not below `low`, which float32 can hold."""
     def number(text):
         value = kind(text)
-        if not low <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not {low:g} or more")
+        if not low <= value < 3e38:  # the largest of float32
+            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to 3e38")
         return value
     return number
 
@@ -793,20 +805,14 @@ def parse(doc, add_options=lambda add: None, synthetic_epochs=7):
     most = min(args.layers, min(32, args.image_size).bit_length())
     if args.scales > most:
         raise UserError(f"--scales {args.scales}: {args.layers} layers and this image size allow {most}")
-    args.out = args.out or Path("runs", Path(args.dataset).resolve().name)
+    args.out = args.out or Path("runs", os.path.basename(os.path.abspath(args.dataset)))  # of a link its own name
     if args.out.resolve() == Path(args.data_dir).resolve():  # both are locked
         raise UserError(f"--out and --data-dir are the same folder, {args.out}: choose another --out")
     args.device = pick_device(args.device, LOCAL_RANK)
     if args.device.type == "cuda":
         torch.cuda.set_device(args.device)
     args.amp = pick_amp(args.amp, args.device)
-    args.data_digest = ""
-    if args.dataset not in ARRAYS:
-        parts, skipped = list_images(args.dataset, args.data_dir)
-        files = [(c, Path(f).name, os.path.getsize(f)) for part in parts for c in part for f in part[c]]
-        say(f"{args.dataset}: {len(parts[0])} classes, {len(files)} images; skipped {skipped} files (hidden, linked "
-            f"twice, or no images by their names)")
-        args.data_digest = f"{derive_seed(files):x}"  # of names and sizes: the same for a copy elsewhere
+    args.data_digest = digest_images(args.dataset, args.data_dir)
     with torch.device("meta"):
         args.network = f"{derive_seed([(name, *p.shape) for name, p in make_network(args, 10).named_parameters()]):x}"
     args.out.mkdir(parents=True, exist_ok=True)  # each rank may have a disk of its own
@@ -817,6 +823,8 @@ def parse(doc, add_options=lambda add: None, synthetic_epochs=7):
 
 def run_main(main):
     """Run a script's main. A UserError and its like are one line on standard error, exit code 2."""
+    with contextlib.suppress(AttributeError):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names that a terminal or a log cannot show
     try:
         keep_freed_memory()
         return main()

@@ -438,11 +438,12 @@ def test_other_settings_or_images_are_refused_before_any_is_decoded_and_what_is_
     # a clock that goes on by eleven seconds whenever it is looked at
     ("scored 3 of 3, 0.0 min left", partial(setattr, time, "monotonic", itertools.count(0, 11.0).__next__), {}),
     ("", partial(setattr, sys, "stdout", None), {}),
+    ("wrote k\\xe4", lambda: sys.stdout.reconfigure(encoding="ascii"), {}),
     ("wrote", lambda: None, {"WORLD_SIZE": "4", "RANK": "2"}),
     ("wrote", lambda: None, {"WORLD_SIZE": "", "RANK": ""})])
 def test_a_search_ends_where_the_disk_is_odd_or_slow_output_is_missing_or_ranks_are_preset(said, prepare, environment):
-    assert said in run(*STAGES["supernet"], prepare=prepare, **environment)
-    assert load("runs/synthetic/supernet.json")["best"]
+    assert said in run(*STAGES["supernet"], "--out", "k\xe4", prepare=prepare, **environment)
+    assert load("k\xe4/supernet.json")["best"]
 
 
 def test_a_gpu_without_kernels_is_left_alone_and_a_cpu_has_bf16_where_its_flags_say_so(monkeypatch, capsys):
@@ -461,7 +462,8 @@ def test_a_gpu_without_kernels_is_left_alone_and_a_cpu_has_bf16_where_its_flags_
 @pytest.mark.parametrize("command, message", [
     ("train_single.py --lr nan", "--lr"),
     ("train_single.py --dataset synthetic --config 4,3,3 9,1", "10 in all"),
-    ("train_single.py --layers 6 --scales 6 --batch-size 1", "2 or more"),
+    ("train_single.py --layers 6 --scales 6 --batch-size 1", "from 2"),
+    ("train_single.py --weight-decay 1e300", "--weight-decay"),
     ("search_supernet.py --device cuda:77", "--device cuda:77"),
     ("search_supernet.py --dataset missing", "missing: neither"),
     ("search_mixture.py --dataset .", "train/<class>"),
@@ -518,7 +520,8 @@ def test_every_way_is_compared_and_no_run_is_repeated(monkeypatch):
         out, seed, module = (command[command.index(name) + 1] for name in ("--out", "--seed", "-m"))
         stage, sampler = re.sub("search_|extras.", "", module), "cost" if "cost" in command else "uniform"
         name = f"{stage}-seed{seed}.json" if int(seed) else f"{stage}.json"
-        shutil.copy(RESULTS / f"cifar10/ten-thousand/{sampler}-seed{seed}.json", Path(out, name))
+        search = load(RESULTS / f"cifar10/ten-thousand/{sampler}-seed{seed}.json")
+        save_json(Path(out, name), search | {"args": search["args"] | {"dataset": "synthetic", "data_digest": ""}})
         return SimpleNamespace(returncode=0)
     monkeypatch.setattr("subprocess.run", search)
     words = ["results/compare.py", "--truth", RESULTS / PUBLISHED, "--seeds", "2", "--amp", "bf16", "--out", "x"]
@@ -528,6 +531,7 @@ def test_every_way_is_compared_and_no_run_is_repeated(monkeypatch):
     assert "mixture, cost 2 0.63 (0.01) 0.45 (0.05) 0.67 (0.70) 1.76 (0.02) +0.27 +- 0.01" in told  # with scoring
     monkeypatch.setattr("subprocess.run", None)
     assert table in run(*words) and table in run("results/report.py", "x")
+    assert "--dataset (synthetic there, cifar10 here)" in refused(*words, "--dataset", "cifar10")
 
 
 def test_each_row_of_the_copy_table_names_all_that_its_code_uses():

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from common import cosine_lr, derive_seed, log_epoch, parse, run_main, save_checkpoint, training_batches
+from common import (UserError, cosine_lr, derive_seed, log_epoch, parse, run_main, save_checkpoint,
+                    training_batches)
 from search_supernet import add_sampler, begin_search, draw_probabilities, finish_search, make_learner
 
 
@@ -37,6 +38,8 @@ class ResolutionNorm(nn.ModuleList):
         self.size = size
 
     def forward(self, x):
+        if x.shape[-1] > self.size:
+            raise UserError(f"resolution_norms needs a network that is searched from {self.size} pixels down")
         return self[(self.size // x.shape[-1]).bit_length() - 1](x)
 
 

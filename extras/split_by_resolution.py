@@ -38,6 +38,8 @@ class PerResolution(nn.Module):
         self.copies = nn.ModuleDict({str(r): copy.deepcopy(layer) for r in resolutions})
 
     def forward(self, x):
+        if x.shape[-1] > self.size:
+            raise UserError(f"split_by_resolution needs a network that is searched from {self.size} pixels down")
         return self.copies[str((self.size // x.shape[-1]).bit_length() - 1)](x)
 
 

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common import Parser, UserError, at_least, load_json, pick_amp, pick_device, run_main, save_json, say
+from common import (Parser, UserError, at_least, check_settings, digest_images, load_json, pick_amp, pick_device,
+                    run_main, save_json, say)
 from results.report import figures_of, show_table, steps_of
 
 WAYS = {  # name: (command, epochs as a part of those of a uniform search, passes without training for each)
@@ -45,14 +46,14 @@ FIGURES = ["tau", "tau with exposure", "regret", "cost of a step"]
 def figures(search, read, truth):
     """FIGURES of one search, from its JSON. read: passes that only score or teach, for each path trained.
 
-    The cost of a step is in multiply-adds, where training the average configuration, three passes, is 1. Raises
-    UserError where the truth knows too few."""
+    The cost of a step is in multiply-adds, where training the average configuration, three passes, is 1. Scores that
+    are all alike rank with a tau of 0. Raises UserError where the truth knows too few."""
     tau, with_exposure, _, regret = figures_of(search["results"], truth)
-    if tau is None:
+    if regret is None:
         raise UserError("--truth knows fewer than half of the configurations: name another, or --dataset")
     macs, steps = np.array([(r["macs"], r["steps"]) for r in search["results"]]).T
     cost = (3 + read) / 3 * float((macs * steps).sum()) / steps_of(search) / float(macs.mean())
-    return [tau, with_exposure, regret, cost]
+    return [tau or 0.0, with_exposure or 0.0, regret, cost]
 
 
 def show_ways(ways, source, markdown=False):
@@ -85,7 +86,7 @@ def main():
     args.truth = args.truth or Path("results/synthetic/single.json")
     truth = {tuple(r["config"]): r["test_acc"] for r in load_json(args.truth, "test_acc")["results"]}
     out = args.out or Path("runs/compare", Path(args.dataset).resolve().name)
-    amp = pick_amp(args.amp, pick_device(args.device))
+    amp, digest = pick_amp(args.amp, pick_device(args.device)), digest_images(args.dataset, "data")
 
     def run(way, seed):
         """One search in a process of its own, unless it has ended before: its JSON."""
@@ -104,8 +105,8 @@ def main():
             if ended.returncode:
                 raise UserError(f"a search ended with code {ended.returncode}: see {folder / 'log.txt'}")
         search = load_json(path, "val_acc")
-        if search["args"]["amp"] != amp:
-            raise UserError(f"{folder} holds a run in {search['args']['amp']}, not {amp}: name that with --amp")
+        check_settings(path, search["args"], {"dataset": Path(args.dataset).resolve().name, "data_digest": digest,
+                                              "amp": amp})
         return search
 
     ways = list(dict.fromkeys(["uniform", *args.ways]))  # all others are measured by uniform draws

@@ -83,7 +83,7 @@ def search_rows(searches, truth):
                  f"weight decay {args['weight_decay']:g}" if args["weight_decay"] else "",
                  *(f"{name} {args[name]:g}" for name in ("pools", "pool_size", "split_at") if args.get(name, 1) != 1)]
         key = (", ".join(filter(None, words)), search["n_train"] + search["n_val"], steps_of(search),
-               *(str(args.get(name)) for name in ("dataset", "image_size", "batch_size", "lr")))
+               *(str(args.get(name)) for name in ("dataset", "image_size", "layers", "scales", "batch_size", "lr")))
         groups.setdefault(key, []).append(search["results"])
     rows = []
     for key in sorted(groups, key=lambda key: (-key[2], -key[1], key[0])):
@@ -135,7 +135,7 @@ def draw_searches(figure, searches, truth):
         if "model" in results[0]:
             ax.legend(*dots.legend_elements(num=None), title="model")
         ax.set(xlabel="accuracy in the search, %", ylabel="true accuracy, %", title=f"{name}: tau {tau or 0:.2f}, "
-               f"chose {config_text(results[0]['config'])}, regret {regret:.2f}")
+               f"chose {config_text(results[0]['config'])}, regret {regret or 0:.2f}")
 
 
 def main():
