@@ -30,8 +30,8 @@ class ResolutionNorm(nn.ModuleList):
     """Batch normalisation with a learned scale and shift for each resolution, by the statistics of the batch.
 
     (B, channels, S, S) to the same shape. size: S in pixels at resolution 0, which each resolution after it halves;
-    scales: how many there are. A step leaves those of other resolutions alone: they get no gradient at all, so
-    neither momentum nor weight decay moves them."""
+    scales: how many there are. A step leaves those of other resolutions alone: they get no gradient at all, so neither
+    momentum nor weight decay moves them. UserError for larger inputs."""
 
     def __init__(self, channels, size=32, scales=3):
         super().__init__(nn.BatchNorm2d(channels, track_running_stats=False) for _ in range(scales))

@@ -30,7 +30,7 @@ class PerResolution(nn.Module):
     """Copies of a layer, one for each resolution, picked by the size of what comes in.
 
     layer: takes (B, channels, S, S); size: S in pixels at resolution 0, which each resolution after it halves;
-    resolutions: the numbers of those at which the layer can run."""
+    resolutions: the numbers of those at which the layer can run. UserError for larger inputs."""
 
     def __init__(self, layer, size, resolutions):
         super().__init__()
