@@ -1,124 +1,268 @@
-"""Stage 4, the answer: what each search chose, trained from scratch beside the default, with several seeds.
+"""Stage 4, the answer: train candidates from scratch beside the default, with several seeds.
 
-    python retrain.py                               # CIFAR-10: the default and the best of each search in --out
-    python retrain.py --runs 5                      # more seeds of each: smaller errors
-    python retrain.py --config 5,3,2 7,1,2          # further configurations beside them
-    torchrun --nproc_per_node=4 retrain.py          # four trainings at a time, each on the GPU of its number
+    python retrain.py --config 6,1,3 7,1,2          # no search: the default and two that pool late
+    python retrain.py                               # the best three of each search in --out as well
+    python retrain.py --top 1 --runs 5              # only the best one of each; more seeds
+    python retrain.py --max-macs 60M                # no candidate above 60 million multiply-adds
+    torchrun --nproc_per_node=4 retrain.py          # four trainings at a time, a GPU for each
 
-Reads the scores of every search in --out (seeds of one search are averaged) and the runs of single.json that were
-trained the same way. A search chose on training images, so no test image took part in the choice, and all of them are
-reported. Weights go to the folder `retrain`; what is there is not trained again. Writes retrain.json.
+Reads the scores of every search in --out; the seeds of one search are averaged. It tries the best
+three of each, since the best one is often there by chance: in eleven searches on CIFAR-10 the first
+was worse than the default twice; the best of the first three always gained, 0.4 to 1.5 points.
+
+A search chooses by training images, so no test image took part in its choice, and all of them are
+used here. Runs of train_single.py with the same settings count. What is trained is not trained
+again: the weights lie in the folder `retrain`. Writes retrain.json, and with matplotlib
+retrain.png, the gains over the default against the cost.
 
 Paper: Javan, Toews, Pedersoli, AutoML 2023, arXiv 2306.11982, section 5.
 """
 import json
 import math
+import os
+import statistics
 
 import numpy as np
 
-from common import (RANK, SAME, WORLD, UserError, at_least, check_settings, config_text, default_config, describe,
-                    gather, load_json, parse, pooling_configs, print_table, run_main, say, settings_of, write_results)
-from train_single import check_runs, finished_runs, load_for_training, parse_configs, summarise, train_network
+from common import (CHANCE, RANK, WORLD, UserError, at_least, config_text, describe, gather,
+                    load_json, other_data, parse, pooling_configs, print_table, run_main,
+                    unpack_right, visible_files, whole_file, within_error)
+from train_single import (finished_runs, load_for_training, multiply_adds, parse_configs,
+                          train_all, write_trained)
 
-TRAINED = ["configuration", "M multiply-adds", "val acc", "test acc", "deviation", "runs", "gain", "error, seeds",
-           "error, images", "why"]
+NO_SEARCHES = "single", "retrain", "propose"  # what stages 1 and 4 leave, by their names
+TRAINED = ["configuration", "M multiply-adds", "val acc", "test acc", "deviation", "runs", "gain",
+           "error, seeds", "error, images", "why"]
 
 
-def load_searches(args, settings):
-    """The searches in --out: {names of the files: {configuration: mean score of the seeds}}, a key for each setting.
+def load_searches(args):
+    """The searches in --out: {the names of their files: {configuration: score}}.
 
-    A JSON that is no search of these images is left alone, and one line says why."""
-    groups = {}
-    for path in sorted(args.out.glob("*.json")):
-        if path.stem in ("single", "retrain", "propose"):
+    Seeds of one search are one entry, with the means of their scores. A second file of the same
+    search and seed is a copy and does not count. A search that chose nothing (`within_error`) is
+    left out, and so are other JSON files; a line says so.
+    """
+    searches = {}
+    paths = visible_files(args.out, "*.json")
+    for path in sorted(paths, key=lambda path: len(path.name)):  # copies have longer names
+        if path.stem in NO_SEARCHES:
             continue
         try:
             search = load_json(path, "val_acc")
-            check_settings(path, search.get("args", {}), {name: settings[name] for name in SAME})
+            if differ := other_data(search.get("args", {}), args.settings):
+                raise UserError(f"{path} is of {differ}")
             scores = {tuple(r["config"]): r["val_acc"] for r in search["results"]}
-            if sorted(scores) != pooling_configs(args.layers, args.scales):
-                raise UserError(f"{path} does not score the whole space")
+            if not set(scores) <= set(pooling_configs(args.layers, args.scales)):
+                raise UserError(f"{path} is of another space")
         except UserError as error:
-            say(f"left alone: {error}")
+            print(f"left alone: {error}")
             continue
-        setting = json.dumps([search.get("stage"), {**search["args"], "seed": None, "amp": None}], sort_keys=True)
-        groups.setdefault(setting, []).append((path.name, scores))
-    return {", ".join(name for name, _ in group): {config: np.mean([scores[config] for _, scores in group])
-                                                   for config in group[0][1]} for group in groups.values()}
+        own = search["args"]
+        setting = [search.get("stage"), {**own, "seed": None, "amp": None}]
+        setting = json.dumps(setting, sort_keys=True)
+        seeds = searches.setdefault(setting, {})
+        if own.get("seed") in seeds:
+            print(f"left alone: {path}, a copy of {seeds[own['seed']][0]}")
+        else:
+            seeds[own.get("seed")] = path.name, scores, search.get("n_val") or 0
+    found = {}
+    for seeds in searches.values():
+        names, all_scores, counts = zip(*seeds.values())
+        means = {}
+        for config in sorted(set().union(*all_scores)):  # some seeds may have never trained one
+            own = [scores[config] for scores in all_scores if config in scores]
+            means[config] = float(np.mean(own))
+        near, error = within_error(means.values(), sum(counts))
+        if error is not None and near > CHANCE * len(means):
+            print(f"{', '.join(names)} chose nothing: {near} of {len(means)} scores lie within one "
+                  f"standard error of the best ({100 * error:.1f} points)")
+            means = {}
+        found[", ".join(names)] = means
+    return found
 
 
-def known_runs(args, settings, stage):
-    """The runs of `stage` with these settings: {(configuration, seed): run}. Says how many have others."""
-    runs = finished_runs(args.out / stage)
-    same = {key: run for key, run in runs.items() if run["args"] == settings}
-    if len(same) < len(runs):
-        say(f"{len(runs) - len(same)} runs in {args.out / stage} are left alone, trained with other settings")
-    return same
+def errors_of_gain(entry, base, counts):
+    """Standard errors of a gain in accuracy: (by the seeds, by the test images, paired), fractions.
+
+    entry, base: results with `std` and `runs`, the one that gains and the default. counts: the test
+    images of each class, or their number.
+
+    By the seeds: how much the gain would move with other seeds; None with fewer than two runs of
+    each. By the test images: how much it would move with other test images. Both networks see the
+    same images, so this is the error of the difference, image by image, averaged over the runs;
+    paired is True. Runs of older versions did not keep which images are right. Then the error is
+    as if each network had test images of its own, which is too large; paired is False.
+    """
+    both, count = (entry, base), int(np.sum(counts))
+    parts = [None if r["std"] is None else r["std"] ** 2 / len(r["runs"]) for r in both]
+    seeds = None if None in parts else math.sqrt(sum(parts))
+    if all("right" in run for r in both for run in r["runs"]):
+        means = []  # for each image, the part of the runs that are right
+        for r in both:
+            right = [unpack_right(run["right"], count) for run in r["runs"]]
+            means.append(np.mean(right, axis=0))
+        return seeds, float((means[0] - means[1]).std(ddof=1)) / math.sqrt(count), True
+    variances = [r["test_acc"] * (1 - r["test_acc"]) / count for r in both]
+    return seeds, math.sqrt(sum(variances)), False
 
 
-def errors_of_gain(entry, base, images):
-    """Standard errors of a gain in accuracy, as fractions: (of the seeds, of the number of test images).
+def gains_of(data):
+    """The gain of each configuration over the default, from the content of a retrain.json.
 
-    entry, base: as from `summarise`. Seeds: None with fewer than two runs of each. Images: as if each network had been
-    tested on other images, so it is at most this."""
-    both = entry, base
-    seeds = [None if r["std"] is None else r["std"] ** 2 / len(r["runs"]) for r in both]
-    sampling = [r["test_acc"] * (1 - r["test_acc"]) / images for r in both]
-    return None if None in seeds else math.sqrt(sum(seeds)), math.sqrt(sum(sampling))
+    Returns {configuration: (gain, error by the seeds, by the images, paired)}, as fractions, with
+    the errors of `errors_of_gain`; empty where the default was not trained.
+    """
+    base = data["default"]
+    gains = {}
+    for r in data["results"] if base else ():
+        if r["config"] != base["config"]:
+            errors = errors_of_gain(r, base, data.get("test_counts") or data["n_test"])
+            gains[tuple(r["config"])] = r["test_acc"] - base["test_acc"], *errors
+    return gains
+
+
+def best_by_chance(gains):
+    """How large the best of these gains looks on average where none is real, a fraction.
+
+    gains: from `gains_of`. Each is taken to be normal, with the mean 0 and the larger of its two
+    errors. They share the default, so half of the variance is common to all and favours none.
+    """
+    errors = [max(seeds or 0.0, images) for _, seeds, images, _ in gains.values()]
+    if not errors:
+        return 0.0
+    normal, steps = statistics.NormalDist(), 1000
+    largest = statistics.fmean(normal.inv_cdf(((step + 0.5) / steps) ** (1 / len(errors)))
+                               for step in range(steps))  # the mean of the largest of so many
+    return largest * math.sqrt(statistics.fmean(error ** 2 for error in errors) / 2)
 
 
 def trained_rows(data):
-    """Rows of TRAINED from the content of retrain.json or propose.json: in the order of training, or the best first.
+    """Rows of TRAINED from the content of retrain.json or propose.json.
 
-    Accuracies in %; gains over the default and their errors (`errors_of_gain`) in points."""
+    In the order of training, or the best first. Accuracies in %, gains and their errors in points.
+    """
     def points(fraction, sign=""):
         return "-" if fraction is None else f"{100 * fraction:{sign}.2f}"
-    rows, base = [], data["default"]
+    rows, gains = [], gains_of(data)
     for r in sorted(data["results"], key=lambda r: (r.get("order") or math.inf, -r["test_acc"])):
-        gain, errors = None, [None, None]
-        if base and r["config"] != base["config"]:
-            gain, errors = r["test_acc"] - base["test_acc"], errors_of_gain(r, base, data["n_test"])
+        gain, seeds, images, paired = gains.get(tuple(r["config"]), (None, None, None, True))
         rows.append([config_text(r["config"]), f"{r['macs'] / 1e6:.1f}", points(r.get("val_acc")),
-                     points(r["test_acc"]), points(r["std"]), len(r["runs"]), points(gain, "+"), *map(points, errors),
-                     r["why"]])
+                     points(r["test_acc"]), points(r["std"]), len(r["runs"]), points(gain, "+"),
+                     points(seeds), "at most " * (not paired) + points(images), r["why"]])
     return rows
+
+
+def show_trained(data, columns=TRAINED):
+    """Print what was trained: the rows of `trained_rows`, and what chance alone would show."""
+    rows = [dict(zip(TRAINED, row)) for row in trained_rows(data)]
+    print_table(columns, [[row[column] for column in columns] for row in rows])
+    gains = gains_of(data)
+    if gains:
+        print(f"The gain is over the default, in points. Its standard error: by the seeds, and by "
+              f"the {data['n_test']} test images.")
+    if len(gains) > 1:
+        print(f"If none were better than the default, the best of {len(gains)} would by chance "
+              f"still look {100 * best_by_chance(gains):.1f} points better, on average.")
+
+
+def draw_gains(figure, data):
+    """Draw the gains over the default against the cost, each with the larger of its errors."""
+    gains, ax = gains_of(data), figure.subplots()
+    macs = {tuple(r["config"]): r["macs"] / 1e6 for r in data["results"]}
+    default = tuple(data["default"]["config"])
+    ax.axhline(0, color="tab:grey", linewidth=1)
+    ax.plot(macs[default], 0, "ks", label=f"the default, {config_text(default)}")
+    ax.annotate(config_text(default), (macs[default], 0), (5, 5), textcoords="offset points")
+    label = "gain and its standard error, the larger one"
+    for config, (gain, seeds, images, _) in gains.items():
+        error = max(seeds or 0.0, images)
+        ax.errorbar(macs[config], 100 * gain, 100 * error, fmt="o", color="tab:blue", capsize=3,
+                    label=label)
+        ax.annotate(config_text(config), (macs[config], 100 * gain), (5, 5),
+                    textcoords="offset points")
+        label = None  # once in the legend
+    ax.set(xlabel="million multiply-adds", ylabel="gain over the default, points",
+           title=f"{data['dataset']}: trained from scratch, {data['n_test']} test images")
+    ax.legend()
+
+
+def save_picture(path, draw, *content):
+    """Save what draw(figure, *content) draws as a PNG file. One line says so if it cannot."""
+    os.environ.pop("MPLBACKEND", None)  # that of a notebook, which need not be installed here
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return print(f"{path.name} needs matplotlib: pip install matplotlib, then run this again")
+    figure = Figure(layout="constrained")
+    draw(figure, *content)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+    print(f"wrote {path}")
+
+
+def candidates(searches, args, macs):
+    """What to train: {configuration: why}. Begins with the default.
+
+    searches: from `load_searches`. macs: {configuration: multiply-adds}, of the whole space.
+    """
+    reasons = {args.default: ["default"]}
+    for names, scores in searches.items():
+        allowed = [config for config in scores if macs[config] <= args.max_macs]
+        best = sorted(allowed, key=scores.get, reverse=True)[:args.top]
+        for place, config in enumerate(best, 1):
+            number = f"number {place}" if place > 1 else "best"
+            reasons.setdefault(config, []).append(f"{number} of {names}")
+    for config in parse_configs(args.config, args):
+        if macs[config] <= args.max_macs:
+            reasons.setdefault(config, ["--config"])
+    return {config: "; ".join(texts) for config, texts in reasons.items()}
 
 
 def main():
     def options(add):
+        add("--config", nargs="+", default=[], help="further configurations to train, such as "
+            "6,1,3 7,1,2, or all")
+        add("--top", type=at_least(0), default=3, help="how many of the best of each search to "
+            "train; default 3")
         add("--runs", type=at_least(1), default=3, help="seeds of each, from --seed up; default 3")
-        add("--config", nargs="+", default=[], help="further configurations to train, such as 5,3,2 7,1,2, or all")
+        add("--max-macs", type=multiply_adds, default=math.inf, help="multiply-adds of the most "
+            "expensive candidate, such as 60M; default: no limit")
     args = parse(__doc__, options)
-    usual, settings = default_config(args.layers, args.scales), settings_of(args)
-    why = {usual: "default"}
-    for names, scores in gather(load_searches(args, settings))[0].items():  # the first rank's, with a disk of its own
-        best = max(scores, key=scores.get)
-        why[best] = f"{why[best]}; {names}" if best in why else f"best of {names}"
-    for config in parse_configs(args.config, args):
-        why.setdefault(config, "--config")
-    if len(why) == 1 and why[usual] == "default" and not args.config:
-        raise UserError(f"{args.out} holds no search of these images and this network: run search_supernet.py "
-                        f"or search_mixture.py first, or name configurations with --config")
-    check_runs(args.out / "retrain", settings)
-    say(f"retraining {', '.join(f'{config_text(config)} ({reason})' for config, reason in why.items())}")
+    folder = args.out / "retrain"
+    finished_runs(folder, args.settings)  # refused now, since decoding images may take long
+    nothing = UserError(f"{args.out} holds no search of these images and this network: name "
+                        f"candidates, as in --config 6,1,3 7,1,2, or run search_supernet.py first")
+    others = [path for path in visible_files(args.out, "*.json") if path.stem not in NO_SEARCHES]
+    if not args.config and not gather(others)[0]:
+        raise nothing
     data = load_for_training(args)
-    single = known_runs(args, settings, "single")
-    runs = single | known_runs(args, settings, "retrain")
-    wanted = [(config, seed) for seed in range(args.seed, args.seed + args.runs) for config in why]
-    for config, seed in [key for key in wanted if key not in runs][RANK::WORLD]:
-        train_network(config, seed, data, args, settings, args.out / "retrain")
+    finished_runs(folder, args.settings)  # and again, now that the images are known
+    searches = gather(load_searches(args))[0]  # the first rank's; each may have a disk of its own
+    if not args.config and not searches:
+        raise nothing
 
-    runs = {key: run for key, run in (single | finished_runs(args.out / "retrain")).items() if key[0] in why}
-    results = [{**describe(config, args, len(data[2])), **entry, "why": why[config]}
-               for config, entry in summarise(runs).items()]
+    space = pooling_configs(args.layers, args.scales)
+    described = describe(space, args, len(data[2]))
+    macs = {config: d["macs"] for config, d in zip(space, described)}
+    if args.max_macs < min(macs.values()):
+        raise UserError(f"--max-macs {args.max_macs:.4g} is below the cheapest configuration, "
+                        f"{min(macs.values()):.4g}")
+    why = candidates(searches, args, macs)
+    listed = ", ".join(f"{config_text(config)} ({reason})" for config, reason in why.items())
+    print(f"retraining {listed}")
+    single = finished_runs(args.out / "single", args.settings, refuse=False)
+    known = single | finished_runs(folder, args.settings)
+    wanted = [(config, seed) for seed in range(args.seed, args.seed + args.runs) for config in why]
+    train_all([key for key in wanted if key not in known][RANK::WORLD], data, args, folder, macs)
+
+    runs = single | finished_runs(folder, args.settings)
+    runs = {key: run for key, run in runs.items() if key[0] in why}
     if RANK == 0:
-        images = len(data[1].labels)
-        found = write_results(args, "retrain", settings, data[2], results, "test_acc",
-                              (len(data[0].labels), 0, images), sum(run["seconds"] for run in runs.values()),
-                              table=False, history=[entry for run in runs.values() for entry in run["history"]])
-        say(f"accuracy on {images} test images, %; gain over the default, points; its standard error by the seeds, and "
-            f"by the number of test images (at most)")
-        print_table(TRAINED[:2] + TRAINED[3:], [row[:2] + row[3:] for row in trained_rows(found)])  # none of val acc
+        found = write_trained(args, "retrain", data, runs, lambda config: {"why": why[config]})
+        print(f"\naccuracy on {found['n_test']} test images, %")
+        show_trained(found, [column for column in TRAINED if column != "val acc"])
+        if gains_of(found):
+            save_picture(args.out / "retrain.png", draw_gains, found)
 
 
 if __name__ == "__main__":

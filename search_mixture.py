@@ -1,40 +1,52 @@
-"""Stage 3, the balanced mixture of SuperNets: M sets of weights that share out the pooling configurations.
+"""Stage 3, the balanced mixture of SuperNets: M sets of weights share out the configurations.
 
-    python search_mixture.py                                 # CIFAR-10: M = 4 models, 100 epochs for each
-    python search_mixture.py --dataset food101               # Food-101 at 128 pixels, behind a stride of 4
-    python search_mixture.py --dataset path/to/images        # a folder with train/<class>/* and test/<class>/*
-    python search_mixture.py --dataset synthetic             # a few minutes on a laptop
-    python search_mixture.py --sampler cost                  # not in the paper: configurations drawn by their cost
-    torchrun --nproc_per_node=3 search_mixture.py            # seeds 0, 1 and 2, each on the GPU of its number
+    python search_mixture.py                             # CIFAR-10: M = 4 models, 100 epochs each
+    python search_mixture.py --dataset food101           # Food-101 at 128 pixels
+    python search_mixture.py --dataset path/to/images    # train/<class>/* and test/<class>/*
+    python search_mixture.py --dataset synthetic         # made-up images: minutes on a laptop
+    python search_mixture.py --sampler cost              # ours: draws by multiply-adds
+    torchrun --nproc_per_node=3 search_mixture.py        # seeds 0, 1, 2, each on a GPU of its own
 
-W (configurations x M) estimates the validation accuracy of configuration a under model m. Every 36 steps it becomes
-balanced probabilities p(m | a) (the authors do so at each step, with balancing factors of the epoch's start). Each step
-draws a uniformly and m from p(m | a), trains model m through a, scores the pair on one validation batch, and moves
-W[a, m] towards that score. No earlier stage is needed.
+W is a table with a row for each configuration and a column for each model. W[a, m] estimates the
+accuracy of configuration a with the weights of model m, on images that do not train.
 
-Paper: Javan, Toews, Pedersoli, AutoML 2023, arXiv 2306.11982, section 4. Writes mixture.json and mixture.pt; another
-seed than 0 writes mixture-seed1.json and so on.
+Each step draws a configuration a, then a model m with the probability p(m | a). It trains model m
+through a on a training batch, scores the same pair on a batch of the scoring half, and moves
+W[a, m] towards that score. Every 36 steps p(m | a) is made anew: a softmax of each row of W, which
+sharpens over the run, balanced so that all models get equally many configurations.
+
+At the end every configuration is scored with its most probable model on the whole scoring half.
+
+Paper: Javan, Toews, Pedersoli, AutoML 2023, arXiv 2306.11982, section 4. The authors' program makes
+p(m | a) anew at each step, with balancing factors from the start of the epoch. Writes mixture.json,
+and the weights to mixture.pt. By cost the names are mixture-cost.*, and with another seed than 0
+they end with -seed1 and so on.
 """
 import time
 
 import numpy as np
 import torch
 
-from common import (at_least, config_text, cosine_lr, derive_seed, log_epoch, parse, print_table, run_main,
-                    save_checkpoint, say, training_batches)
-from search_supernet import add_sampler, begin_search, draw_probabilities, finish_search, make_learner
+from common import (add_sampler, at_least, begin_search, config_text, cosine_lr, derive_seed,
+                    draw_probabilities, finish_search, log_epoch, make_learner, parse, print_table,
+                    run_main, save_checkpoint, training_batches)
 
-BLOCK = 36  # steps between two updates of p(m | a): one wait for the device instead of 36
+BLOCK = 36  # steps between two updates of p(m | a), or the configurations if there are more;
+            # each update waits for the device
 
 
 def balance(probs, tolerance=1e-8, rounds=10_000):
-    """Rescale p(model | configuration) so that every model gets the same share of the configurations.
+    """Rescale p(model | configuration) so that all models get equal shares of the configurations.
 
-    probs: float tensor (configurations, M), rows that sum to 1; returns the like: rows sum to 1, columns nearly to
-    configurations / M. Alternately divides each column by its share (its mean) and renormalises each row, until
-    KL(shares || uniform) < tolerance (paper: 1e-4, section 4; a tighter one costs a few rounds of a small matrix) or
-    for `rounds` rounds. This is Sinkhorn's algorithm. Zeros are lifted to 1e-30 first: a column of zeros could not be
-    scaled. Raises ValueError on negative or not finite entries."""
+    probs: float tensor (configurations, M), each row with the sum 1. The share of a model is the
+    mean of its column. Divide each column by its share, then each row by its sum, and repeat until
+    the shares are even: until KL(shares || uniform) < tolerance, at most `rounds` times. This is
+    Sinkhorn's algorithm (paper, section 4, with a tolerance of 1e-4).
+
+    Returns a tensor like probs, with rows that sum to 1 and columns that nearly sum to
+    configurations / M. Zeros count as 1e-30, since no factor could lift a column of zeros. Raises
+    ValueError for negative entries and for NaN or infinity.
+    """
     if not (torch.isfinite(probs).all() and (probs >= 0).all()):
         raise ValueError("probabilities must be finite and not negative")
     p = probs.double().clamp_min(1e-30)
@@ -49,11 +61,12 @@ def balance(probs, tolerance=1e-8, rounds=10_000):
 
 
 class Assignment:
-    """The matrix W of the paper: which model trains which configuration.
+    """The table W of the paper, which tells which model trains which configuration (section 4).
 
-    W: float64 (configurations, M), running estimate of validation accuracy, 1 at the start (section 4); counts: int64
-    of the same shape, how often each pair was trained; momentum: of the running estimate (paper: 0.9). To make one:
-    how many configurations and models. Later `configs` and `models` are indices, int (B,), one pair for each step."""
+    configs, models: their numbers. momentum: how much of an entry stays when a score is recorded
+    (paper: 0.9). W: float64 (configs, models), 1 at the start. counts: int64 of the same shape, how
+    often each pair was trained.
+    """
 
     def __init__(self, configs, models, momentum=0.9):
         self.W = torch.ones(configs, models, dtype=torch.float64)
@@ -61,17 +74,25 @@ class Assignment:
         self.momentum = momentum
 
     def probabilities(self, progress, balanced=True):
-        """p(model | configuration) at `progress` 0..1 of the run: the inverse temperature grows from 1 to 100."""
+        """p(model | configuration), float64 (configs, models).
+
+        progress: the part of the run that is over, 0 to 1. With it the inverse temperature of the
+        softmax grows from 1 to 100. balanced: False leaves `balance` out.
+        """
         probs = torch.softmax((1 + 99 * progress) * self.W, dim=1)
         return balance(probs) if balanced else probs
 
     def draw(self, probs, configs, rng):
-        """Draw a model for each of `configs` from its row of `probs`: int (B,). rng: a NumPy Generator."""
-        edges = probs.cumsum(1).numpy()[configs, :-1]  # without the last edge rounding cannot fall off the end
+        """Draw a model for each step from the row of its configuration.
+
+        probs: from `probabilities`. configs: indices, int (B,). rng: a NumPy Generator. Returns the
+        indices of the models, int (B,).
+        """
+        edges = probs.cumsum(1).numpy()[configs, :-1]  # without the last, which is 1
         return (rng.random((len(configs), 1)) >= edges).sum(1)
 
     def update(self, configs, models, accuracies):
-        """Record scored steps in their order. accuracies: (B,), fractions."""
+        """Record the scores of steps, in their order. All three are (B,); accuracies are 0 to 1."""
         for a, m, accuracy in zip(configs, models, accuracies):
             self.W[a, m] = self.momentum * self.W[a, m] + (1 - self.momentum) * accuracy
             self.counts[a, m] += 1
@@ -81,63 +102,84 @@ def main():
     def options(add):
         add_sampler(add)
         add("--models", type=at_least(1), default=4, help="M, the sets of weights; default 4")
-        add("--no-balance", action="store_true", help="leave p(model | configuration) unbalanced, to see what happens")
+        add("--no-balance", action="store_true", help="leave out balancing, to see what happens")
     args = parse(__doc__, options, synthetic_epochs=8)
-    search = begin_search(args, "mixture", "sampler", "models", "no_balance")
+    search = begin_search(args, "mixture", "sampler", "models", "no_balance",
+                          step_cost=4 / 3)
     learners = [make_learner(search, args, m) for m in range(args.models)]
-    assignment = Assignment(len(search.configs), args.models)
-    draws = draw_probabilities(args.sampler, search.macs)
-    history, steps, epochs = [], search.steps, args.epochs * args.models  # passes in all
-    if search.state:
-        history, assignment.W, assignment.counts = (search.state[key] for key in ("history", "W", "counts"))
+    assignment, balanced = Assignment(len(search.configs), args.models), not args.no_balance
+    draws = draw_probabilities(search.macs, args.sampler)
+    history, steps, epochs = [], search.steps, args.epochs * args.models  # passes of all models
+    size = max(BLOCK, len(search.configs))  # of a block of steps
+    if search.state:  # go on after the last epoch of a run that was stopped
+        history = search.state["history"]
+        assignment.W, assignment.counts = search.state["W"], search.state["counts"]
         for learner, saved in zip(learners, search.state["learners"]):
             learner.load_state_dict(saved)
-
-    say(f"{epochs} epochs in all, {args.epochs} for each of {args.models} models on average")
+    print(f"{epochs} epochs in all, {args.epochs} for each of {args.models} models on average")
 
     for epoch in range(len(history), epochs):
         began = time.monotonic()
-        log = torch.zeros(steps, 2, device=args.device)  # loss and validation accuracy
+        log = torch.zeros(steps, 2, device=args.device)  # training loss and score of each step
         rng = np.random.default_rng(derive_seed("draw", args.seed, epoch))
-        train_batches, score_batches = (
-            training_batches(*half, args.batch_size, args.device, derive_seed(name, args.seed, epoch), augment)
-            for half, name, augment in ((search.training, "order", True), (search.scoring, "scoring order", False)))
-        for start in range(0, steps, BLOCK):
-            block = range(start, min(start + BLOCK, steps))
+        train_batches = training_batches(
+            search.training.images, search.training.labels, args.batch_size, args.device,
+            derive_seed("order", args.seed, epoch))
+        score_batches = training_batches(
+            search.scoring.images, search.scoring.labels, args.batch_size, args.device,
+            derive_seed("scoring order", args.seed, epoch), augment=False)
+        # ---- the method: draw pairs, train each, score each, and record the scores in W ----------
+        for start in range(0, steps, size):
+            block = range(start, min(start + size, steps))
             progress = (epoch * steps + start) / (epochs * steps)
             configs = rng.choice(len(search.configs), len(block), p=draws)
-            models = assignment.draw(assignment.probabilities(progress, not args.no_balance), configs, rng)
-            # zip asks from left to right and the block ends first, so that no batch is taken and lost at its end
-            for step, a, m, (x, y), scored in zip(block, configs, models, train_batches, score_batches):
+            models = assignment.draw(assignment.probabilities(progress, balanced), configs, rng)
+            # `block` stands first, for zip then takes no batch that the next block would miss
+            pairs = zip(block, configs, models, train_batches, score_batches)
+            for step, a, m, (x, y), (score_x, score_y) in pairs:
+                config = search.configs[a]
                 lr = cosine_lr(epoch * steps + step, epochs * steps, args.lr, args.warm_up)
-                log[step, 0] = learners[m].train(x, y, search.configs[a], lr)[0]
-                log[step, 1] = learners[m].score(*scored, search.configs[a])
+                log[step, 0] = learners[m].train(x, y, config, lr)[0]
+                log[step, 1] = learners[m].score(score_x, score_y, config).float().mean()
             assignment.update(configs, models, log[block.start:block.stop, 1].tolist())
+        # ------------------------------------------------------------------------------------------
         loss, accuracy = log.mean(0).tolist()
-        measures = {"loss": loss, "val_acc": accuracy}
-        history.append(log_epoch(epoch, epochs, args, measures, began, steps, search.label))
-        save_checkpoint(search.checkpoint, {"history": history, "W": assignment.W, "counts": assignment.counts,
-                                            "learners": [learner.state_dict() for learner in learners],
-                                            "args": search.settings})
+        history.append(log_epoch(epoch, epochs, args, {"loss": loss, "val_acc": accuracy}, began,
+                                 steps, learners))
+        save_checkpoint(search.checkpoint, {
+            "history": history, "W": assignment.W, "counts": assignment.counts,
+            "learners": [learner.state_dict() for learner in learners], "args": args.settings})
 
-    # ---- every configuration is scored with its most probable model, which owns it -----------------------------------
-    probs, counts = assignment.probabilities(1.0, not args.no_balance), assignment.counts
-    owner = probs.argmax(1).tolist()
-    models = range(args.models)
-    if counts.double().mean() < 10:
-        say(f"each pair of a configuration and a model was trained {counts.double().mean():.1f} times on average, "
-            f"which is too few for W to mean anything: raise --epochs")
-    else:
-        say("\np(model | configuration), * where it is the owner, and how often each pair was trained")
-        print_table(["configuration", *(f"model {m}" for m in models), *(f"steps {m}" for m in models)], [
-            [config_text(config), *(f"{p:.2f}{'*' if m == own else ' '}" for m, p in enumerate(row)), *trained]
-            for config, row, own, trained in zip(search.configs, probs, owner, counts.tolist())])
-        say(f"configurations owned by each model: {', '.join(str(owner.count(m)) for m in models)}")
-    finish_search(search, args, learners, history,
-                  [{"model": own, "steps": sum(trained)} for own, trained in zip(owner, counts.tolist())],
-                  configs=[list(config) for config in search.configs], trained=counts.tolist(),
+    # ---- the most probable model of a configuration owns it, and scores it -----------------------
+    probs = assignment.probabilities(1.0, balanced)
+    owners, counts = probs.argmax(1).tolist(), assignment.counts.tolist()
+    show_assignment(search.configs, probs, owners, counts)
+    own_keys = [{"model": owner, "steps": sum(row)} for owner, row in zip(owners, counts)]
+    finish_search(search, args, learners, history, own_keys, trained=counts,
+                  configs=[list(config) for config in search.configs],
                   probabilities=[[round(p, 6) for p in row] for row in probs.tolist()],
                   W=[[round(w, 6) for w in row] for row in assignment.W.tolist()])
+
+
+def show_assignment(configs, probs, owners, counts):
+    """Print p(m | a) with a star at its owner, and how often each pair was trained."""
+    models = range(len(counts[0]))
+    mean = np.mean(counts)
+    if mean < 10:
+        print(f"each pair of a configuration and a model was trained {mean:.1f} times on average, "
+              f"which is too few for W to mean anything: raise --epochs")
+        return
+    rows, shown = [], 60  # more would not fit on a screen; all are in the JSON
+    for config, row, owner, trained in zip(configs[:shown], probs.tolist(), owners, counts):
+        cells = [f"{p:.2f}{'*' if m == owner else ' '}" for m, p in enumerate(row)]
+        rows.append([config_text(config), *cells, *trained])
+    print("\np(model | configuration), * marks the owner, and how often each pair was trained")
+    print_table(["configuration", *(f"model {m}" for m in models), *(f"steps {m}" for m in models)],
+                rows)
+    if len(configs) > shown:
+        print(f"... and {len(configs) - shown} more, in the JSON")
+    owned = ", ".join(str(owners.count(m)) for m in models)
+    print(f"configurations owned by each model: {owned}")
 
 
 if __name__ == "__main__":

@@ -1,36 +1,47 @@
-"""Boltzmann sampling: a SuperNet that trains more often what scored well, a baseline of the paper.
+"""A baseline of the paper: a SuperNet that trains more often what scored well (Boltzmann sampling).
 
-    python -m extras.boltzmann                         # CIFAR-10, 100 epochs
-    python -m extras.boltzmann --dataset synthetic     # a minute or two on a laptop
-    torchrun --nproc_per_node=3 -m extras.boltzmann    # seeds 0, 1 and 2, each on the GPU of its number
+    python -m extras.boltzmann                        # CIFAR-10, 100 epochs
+    python -m extras.boltzmann --dataset synthetic    # made-up images: a minute or two on a laptop
+    torchrun --nproc_per_node=3 -m extras.boltzmann   # seeds 0, 1, 2, each on a GPU of its own
 
-Each step draws a configuration in proportion to exp(R / T), takes one SGD step through it, and scores it on one batch
-of the other half of the images. R is the running mean of a configuration's scores; the temperature T falls
-exponentially from 0.7 to 0.01 over the run. Scoring makes a step cost 1.33 steps of search_supernet.py, and with what
-is drawn 1.2 to 1.7.
+Each step draws a configuration, with probabilities in proportion to exp(R / T). It takes one SGD
+step through it, on one half of the training images, and scores it on one batch of the other half.
+R is the running mean of the scores of a configuration. The temperature T falls exponentially from
+0.7 to 0.01 over the run. At the end every configuration is scored with the shared weights on that
+whole other half.
 
-Paper: Javan, Toews, Pedersoli, AutoML 2023, arXiv 2306.11982, table 2, without code or constants: the temperatures and
-the running mean are ours. Writes boltzmann.json and .pt; another seed than 0 writes boltzmann-seed1.json and so on.
+Scoring alone makes a step cost 1.33 steps of search_supernet.py, with what is drawn 1.2 to 1.7.
+
+Paper: Javan, Toews, Pedersoli, AutoML 2023, arXiv 2306.11982, table 2. It gives neither code nor
+constants: the temperatures and the running mean are ours. Writes boltzmann.json, and the weights to
+boltzmann.pt. With another seed than 0 the names end with -seed1 and so on.
 """
 import time
 
 import numpy as np
 import torch
 
-from common import cosine_lr, derive_seed, log_epoch, parse, run_main, save_checkpoint, training_batches
-from search_supernet import begin_search, finish_search, make_learner
+from common import (begin_search, cosine_lr, derive_seed, finish_search, log_epoch, make_learner,
+                    parse, run_main, save_checkpoint, training_batches)
 
-BLOCK = 36  # steps between two updates of R: one wait for the device instead of 36
+BLOCK = 36  # steps between two updates of R; each update waits for the device
 
 
 class Boltzmann:
-    """Draws by softmax(R / T). visits: how often each of n configurations was drawn; means: its R, None at first."""
+    """Draws configurations, given by their index, by softmax(R / T).
+
+    n: the number of configurations. visits: how often each was drawn, a list of n integers. means:
+    R, a list of n running means that keep 0.9; None where nothing is scored yet.
+    """
 
     def __init__(self, n):
         self.visits, self.means = [0] * n, [None] * n
 
     def probabilities(self, temperature):
-        """How likely each configuration is drawn, (n,). Those that were never drawn come first."""
+        """How likely each configuration is drawn: a float array (n,) with the sum 1.
+
+        Configurations that were never drawn come first, all equally likely.
+        """
         new = np.array(self.visits) == 0
         if new.any():
             return new / new.sum()
@@ -39,50 +50,67 @@ class Boltzmann:
         return weights / weights.sum()
 
     def draw(self, steps, progress, rng):
-        """Draw configurations for the next steps, a list of indices. progress: 0..1 of the run."""
+        """Draw configurations for the next steps. Returns a list of `steps` indices.
+
+        progress: the part of the run that is over, 0 to 1. rng: a NumPy Generator. A visit counts
+        before its score is known, so that the first steps draw each configuration once.
+        """
         drawn = []
         for _ in range(steps):
             p = self.probabilities(0.7 * (0.01 / 0.7) ** progress)
             drawn.append(int(rng.choice(len(p), p=p)))
-            self.visits[drawn[-1]] += 1  # before its reward is known, so that the first block draws each once
+            self.visits[drawn[-1]] += 1
         return drawn
 
-    def update(self, drawn, rewards):
-        """Record the scores, fractions, of what was drawn, in the order of the steps."""
-        for i, reward in zip(drawn, rewards):
-            self.means[i] = reward if self.means[i] is None else 0.9 * self.means[i] + 0.1 * reward
+    def update(self, drawn, scores):
+        """Record the scores of what was drawn, in the order of the steps. Both are (B,)."""
+        for a, score in zip(drawn, scores):
+            mean = self.means[a]
+            self.means[a] = score if mean is None else 0.9 * mean + 0.1 * score
 
 
 def main():
     args = parse(__doc__, synthetic_epochs=24)
-    search = begin_search(args, "boltzmann")
+    search = begin_search(args, "boltzmann", step_cost=4 / 3)
     learner = make_learner(search, args)
     sampler = Boltzmann(len(search.configs))
     history, steps = [], search.steps
-    if search.state:
+    if search.state:  # go on after the last epoch of a run that was stopped
         learner.load_state_dict(search.state["learner"])
-        history, sampler.visits, sampler.means = (search.state[key] for key in ("history", "visits", "means"))
+        history = search.state["history"]
+        sampler.visits, sampler.means = search.state["visits"], search.state["means"]
 
     for epoch in range(len(history), args.epochs):
         began = time.monotonic()
-        log = torch.zeros(steps, 3, device=args.device)  # loss and accuracy of each step, and that of scoring
+        log = torch.zeros(steps, 3, device=args.device)  # loss, accuracy and score of each step
         rng = np.random.default_rng(derive_seed("draw", args.seed, epoch))
-        train_batches, score_batches = (
-            training_batches(*half, args.batch_size, args.device, derive_seed(name, args.seed, epoch), augment)
-            for half, name, augment in ((search.training, "order", True), (search.scoring, "scoring order", False)))
+        train_batches = training_batches(
+            search.training.images, search.training.labels, args.batch_size, args.device,
+            derive_seed("order", args.seed, epoch))
+        score_batches = training_batches(
+            search.scoring.images, search.scoring.labels, args.batch_size, args.device,
+            derive_seed("scoring order", args.seed, epoch), augment=False)
+        # ---- the method: draw by the scores so far, train, score, and record the scores in R -----
         for start in range(0, steps, BLOCK):
             block = range(start, min(start + BLOCK, steps))
-            drawn = sampler.draw(len(block), (epoch * steps + start) / (args.epochs * steps), rng)
-            for step, choice, (x, y), scored in zip(block, drawn, train_batches, score_batches):  # block ends first
+            progress = (epoch * steps + start) / (args.epochs * steps)
+            drawn = sampler.draw(len(block), progress, rng)
+            # `block` stands first, for zip then takes no batch that the next block would miss
+            pairs = zip(block, drawn, train_batches, score_batches)
+            for step, a, (x, y), (score_x, score_y) in pairs:
+                config = search.configs[a]
                 lr = cosine_lr(epoch * steps + step, args.epochs * steps, args.lr, args.warm_up)
-                log[step, :2] = learner.train(x, y, search.configs[choice], lr)
-                log[step, 2] = learner.score(*scored, search.configs[choice])
-            sampler.update(drawn, log[block.start:block.stop, 2].tolist())  # waits for the device
-        measures = dict(zip(("loss", "train_acc"), log.mean(0).tolist()))
-        history.append(log_epoch(epoch, args.epochs, args, measures, began, steps, search.label))
-        save_checkpoint(search.checkpoint, {"history": history, "visits": sampler.visits, "means": sampler.means,
-                                            "learner": learner.state_dict(), "args": search.settings})
-    finish_search(search, args, [learner], history, [{"steps": visits} for visits in sampler.visits])
+                log[step, :2] = learner.train(x, y, config, lr)
+                log[step, 2] = learner.score(score_x, score_y, config).float().mean()
+            sampler.update(drawn, log[block.start:block.stop, 2].tolist())
+        # ------------------------------------------------------------------------------------------
+        loss, accuracy, _ = log.mean(0).tolist()
+        history.append(log_epoch(epoch, args.epochs, args, {"loss": loss, "train_acc": accuracy},
+                                 began, steps, [learner]))
+        save_checkpoint(search.checkpoint, {
+            "history": history, "visits": sampler.visits, "means": sampler.means,
+            "learner": learner.state_dict(), "args": args.settings})
+    finish_search(search, args, [learner], history, [{"steps": count} for count in sampler.visits])
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common import (Parser, UserError, at_least, check_settings, digest_images, load_json, pick_amp, pick_device,
-                    run_main, save_json, say)
-from results.report import figures_of, show_table, steps_of
+from common import (ARRAYS, Parser, UserError, at_least, load_dataset, load_json, other_settings, pick_amp, pick_device,
+                    run_main, save_json)
+from results.report import FIGURES, figures_of, show_ways, steps_of
 
 WAYS = {  # name: (command, epochs as a part of those of a uniform search, passes without training for each)
     "uniform": ("search_supernet", 1, 0),
@@ -40,7 +40,6 @@ WAYS = {  # name: (command, epochs as a part of those of a uniform search, passe
     "split_by_resolution, cost": ("extras.split_by_resolution --sampler cost", 1, 0),
     "resolution_norms": ("extras.resolution_norms", 1, 0),
     "resolution_norms, cost": ("extras.resolution_norms --sampler cost", 1, 0)}
-FIGURES = ["tau", "tau with exposure", "regret", "cost of a step"]
 
 
 def figures(search, read, truth):
@@ -54,18 +53,6 @@ def figures(search, read, truth):
     macs, steps = np.array([(r["macs"], r["steps"]) for r in search["results"]]).T
     cost = (3 + read) / 3 * float((macs * steps).sum()) / steps_of(search) / float(macs.mean())
     return [tau or 0.0, with_exposure or 0.0, regret, cost]
-
-
-def show_ways(ways, source, markdown=False):
-    """Print means and deviations over the seeds. ways: {name: [FIGURES of each seed]}, with "uniform"."""
-    rows = []
-    for name, values in ways.items():
-        values, base = np.array(values), np.array(ways["uniform"])
-        above = values[:, 0] - base[:, 0]
-        rows.append([name, len(values), *(f"{mean:.2f} ({deviation:.2f})" for mean, deviation
-                                          in zip(values.mean(0), values.std(0, ddof=1))),
-                     f"{above.mean():+.2f} +- {above.std(ddof=1) / len(above) ** 0.5:.2f}"])
-    show_table(f"Every way to search, {source}", ["way", "seeds", *FIGURES, "above uniform"], rows, markdown)
 
 
 def main():
@@ -86,7 +73,8 @@ def main():
     args.truth = args.truth or Path("results/synthetic/single.json")
     truth = {tuple(r["config"]): r["test_acc"] for r in load_json(args.truth, "test_acc")["results"]}
     out = args.out or Path("runs/compare", Path(args.dataset).resolve().name)
-    amp, digest = pick_amp(args.amp, pick_device(args.device)), digest_images(args.dataset, "data")
+    amp = pick_amp(args.amp, pick_device(args.device))
+    digest = "" if args.dataset in ARRAYS else load_dataset(args.dataset, "data")[1].digest
 
     def run(way, seed):
         """One search in a process of its own, unless it has ended before: its JSON."""
@@ -94,7 +82,7 @@ def main():
         module, *options = command.split()
         epochs = max(1, round(part * args.epochs))
         folder = out / f"{way.replace(' ', '-').replace(',', '')}-epochs{epochs}" / f"seed{seed}"
-        stage = module.removeprefix("search_").removeprefix("extras.")
+        stage = module.removeprefix("search_").removeprefix("extras.") + "-cost" * ("--sampler cost" in command)
         path = folder / f"{stage}-seed{seed}.json" if seed else folder / f"{stage}.json"
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
@@ -105,8 +93,9 @@ def main():
             if ended.returncode:
                 raise UserError(f"a search ended with code {ended.returncode}: see {folder / 'log.txt'}")
         search = load_json(path, "val_acc")
-        check_settings(path, search["args"], {"dataset": Path(args.dataset).resolve().name, "data_digest": digest,
-                                              "amp": amp})
+        wanted = {"dataset": Path(args.dataset).resolve().name, "data_digest": digest, "amp": amp}
+        if differ := other_settings(search["args"], wanted):
+            raise UserError(f"{path} is of a run with other settings: {differ}; choose another --out")
         return search
 
     ways = list(dict.fromkeys(["uniform", *args.ways]))  # all others are measured by uniform draws
@@ -115,7 +104,7 @@ def main():
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for number, ((way, seed), search) in enumerate(zip(jobs, pool.map(lambda job: run(*job), jobs)), 1):
             found[way].append([round(f, 6) for f in figures(search, WAYS[way][2], truth)])
-            say(f"{number} of {len(jobs)} done: {way}, seed {seed}; {(time.monotonic() - began) / 60:.0f} min")
+            print(f"{number} of {len(jobs)} done: {way}, seed {seed}; {(time.monotonic() - began) / 60:.0f} min")
     show_ways(found, args.dataset)
     save_json(out / "compare.json", {"schema": 1, "stage": "compare", "dataset": args.dataset, "truth": str(args.truth),
                                      "epochs": args.epochs, "amp": amp, "figures": FIGURES, "ways": found})
