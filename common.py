@@ -1,9 +1,9 @@
-"""The method first, then what makes commands of it. A reader may stop at the line "END OF THE METHOD".
+"""The method first, then what makes commands of it. A reader may stop at the banner between them.
 
 The method: the space of pooling configurations, the network, batches of images, the training step,
 evaluation. These functions take tensors and plain numbers, so that each can be copied.
 
-After that line: data sets, devices, processes and files, results, what every search shares, and
+After the banner: data sets, devices, processes and files, results, what every search shares, and
 the command line.
 
 "Paper" means Javan, Toews, Pedersoli, "Balanced Mixture of SuperNets for Learning the CNN Pooling
@@ -90,8 +90,9 @@ def draw_probabilities(macs, sampler="uniform"):
 # ---- Network -------------------------------------------------------------------------------------
 
 # A SuperNet trains many configurations with one set of weights. Running averages over them would
-# mix their statistics. So its norm uses the statistics of the batch at hand, in training and in
-# scoring, and learns no scale (paper, section 4). Networks trained alone have nn.BatchNorm2d.
+# mix their statistics, so its norm uses those of the batch at hand, in training and in scoring. It
+# learns no scale and no shift, which the configurations would have to share (paper, section 4).
+# Networks trained alone have nn.BatchNorm2d as it is.
 batch_statistics_norm = partial(nn.BatchNorm2d, affine=False, track_running_stats=False)
 
 
@@ -104,7 +105,7 @@ class ResNet20(nn.Module):
     default. A configuration that does not fit raises ValueError.
 
     classes: the number of classes. image_size: S, in pixels; from 64 on, one more convolution at
-    the front brings the images to 32 pixels, and is not searched. layers: a first 3x3 convolution
+    the front brings the images to about 32 pixels, and is not searched. layers: a first 3x3 convolution
     and layers - 1 residual blocks. norm: called with a number of channels, makes a norm.
     """
 
@@ -193,7 +194,7 @@ def split_in_halves(split, seed=0):
 
 
 def crop_and_flip(images, top, left, flip, pad):
-    """Pad images with black, cut out a window of the old size, and mirror some: a whole batch at once.
+    """Pad images with black, cut out a window of the old size, and mirror some, all at once.
 
     images: uint8 (B, H, W, C). top, left: int64 (B,), where the window begins, 0 to 2 * pad.
     flip: bool (B,). All lie on one device. pad: in pixels. Returns uint8 (B, H, W, C).
@@ -208,9 +209,10 @@ def crop_and_flip(images, top, left, flip, pad):
 
 
 def normalise(images):
-    """Turn uint8 images (B, H, W, C) into float32 (B, C, H, W) from -1 to 1, channels last in memory.
+    """Turn uint8 images (B, H, W, C) into float32 (B, C, H, W) from -1 to 1.
 
-    The same constants serve every data set: the first norm of the network takes out level and scale.
+    They stay channels last in memory, which is faster. The same constants serve every data set: the
+    first norm of the network takes out level and scale.
     """
     return images.permute(0, 3, 1, 2).to(torch.float32, copy=True).sub_(127.5).div_(127.5)
 
@@ -252,7 +254,7 @@ def cosine_lr(step, steps, lr, warm_up=0.0):
     """The learning rate of step 0 to steps - 1: it falls from `lr` to 1 % of it along a cosine.
 
     The paper's falls from 0.1 to 0.001 and changes once an epoch; this one changes each step.
-    warm_up: the part of all steps, 0 to 1, in which the rate first rises from 0.
+    warm_up: the part of all steps, 0 to 1, in which the rate is first lowered and rises evenly.
     """
     rising = min(1.0, (step + 1) / (warm_up * steps)) if warm_up else 1.0
     return rising * lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
@@ -272,10 +274,10 @@ class Learner:
     def __init__(self, network, device, amp="off", weight_decay=0.0, graphs=True):
         self.network = network.to(device, memory_format=torch.channels_last)
         on_cuda = device.type == "cuda"
-        self.lr = torch.zeros((), device=device) if on_cuda else 0.0  # a graph reads it from a tensor
+        self.lr = torch.zeros((), device=device) if on_cuda else 0.0  # graphs read a tensor
         self.optimizer = torch.optim.SGD(network.parameters(), self.lr, momentum=0.9,
                                          weight_decay=weight_decay, fused=True if on_cuda else None)
-        for parameter in network.parameters():  # at once, for fp16 may leave out the first step
+        for parameter in network.parameters():  # now, since fp16 may skip the step that makes them
             self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")  # else does nothing
         self.finite = torch.ones((), dtype=torch.bool, device=device)  # false once a result is not
@@ -285,9 +287,10 @@ class Learner:
         self.train_step, self.score = wrap(self.one_step), wrap(self.right)
 
     def loss(self, x, y, config):
-        """What a step makes smaller, a scalar, and what it logs, float (k,) without gradient.
+        """Returns (loss, log): the scalar that a step minimises, and k numbers to log, detached.
 
-        y: labels, int64 (B,). Here both begin with the cross-entropy; the log adds the accuracy.
+        y: labels, int64 (B,). Here the loss is the cross-entropy, and the log holds cross-entropy
+        and accuracy of the batch.
         """
         logits = self.network(x, config).float()
         loss = F.cross_entropy(logits, y)
@@ -340,11 +343,11 @@ class Learner:
 
 
 def evaluate(score, split, config, device, batch_size=256):
-    """Score a configuration on all images of a Split. Returns which are right: bool (N,) on the CPU.
+    """Score a configuration on all images of a Split. Returns which are right: bool (N,), CPU.
 
-    score(x, y, config): the same for one batch, such as `Learner.score`. The batches have nearly
-    equal sizes, about `batch_size`. The norms of a SuperNet use the statistics of a batch, so its
-    result depends a little on how the images are cut into batches.
+    score(x, y, config): a function that returns which images of a batch are right, bool (B,), such
+    as `Learner.score`. The batches have nearly equal sizes, about `batch_size`. The norms of a
+    SuperNet use the statistics of a batch, so its result depends a little on the cut.
     """
     count, right = len(split.labels), []
     batches = max(1, min(round(count / batch_size), count // 2))  # statistics need two images
@@ -356,8 +359,8 @@ def evaluate(score, split, config, device, batch_size=256):
 def kendall_tau(x, y):
     """Kendall's tau-b, how far two rankings agree: 1 the same order, 0 none, -1 the reverse.
 
-    x, y: sequences of n numbers. Ties count half (Kendall, 1945). Returns a float, or None where
-    it is undefined, because all numbers of a sequence are equal.
+    x, y: sequences of n numbers, which may hold ties (Kendall, 1945). Returns a float, or None
+    where it is undefined, because all numbers of a sequence are equal.
     """
     x, y = np.asarray(x, float), np.asarray(y, float)
     x_order, y_order = np.sign(np.subtract.outer(x, x)), np.sign(np.subtract.outer(y, y))
@@ -366,7 +369,7 @@ def kendall_tau(x, y):
 
 
 def pareto(results, key):
-    """The results that no cheaper or equally cheap one reaches, from the cheapest on.
+    """The results that are more accurate than every one of at most their cost, cheapest first.
 
     results: dicts with "macs" and an accuracy under `key`. Of equal results the first counts.
     """

@@ -7,20 +7,21 @@
     python search_mixture.py --sampler cost              # ours: draws by multiply-adds
     torchrun --nproc_per_node=3 search_mixture.py        # seeds 0, 1, 2, each on a GPU of its own
 
-W is a table with a row for each configuration and a column for each model. W[a, m] estimates the
-accuracy of configuration a with the weights of model m, on images that do not train.
+W is a table with a row for each configuration and a column for each model. W[a, m] is a running
+estimate of the accuracy of configuration a with the weights of model m, on images that never train.
+It starts at 1, so pairs that were not tried yet look promising.
 
 Each step draws a configuration a, then a model m with the probability p(m | a). It trains model m
 through a on a training batch, scores the same pair on a batch of the scoring half, and moves
-W[a, m] towards that score. Every 36 steps p(m | a) is made anew: a softmax of each row of W, which
-sharpens over the run, balanced so that all models get equally many configurations.
+W[a, m] towards that score. Every 36 steps p(m | a) is computed anew from W: a softmax of each row,
+sharper as the run goes on, then rescaled so that every model expects equally many configurations.
 
 At the end every configuration is scored with its most probable model on the whole scoring half.
 
-Paper: Javan, Toews, Pedersoli, AutoML 2023, arXiv 2306.11982, section 4. The authors' program makes
-p(m | a) anew at each step, with balancing factors from the start of the epoch. Writes mixture.json,
-and the weights to mixture.pt. By cost the names are mixture-cost.*, and with another seed than 0
-they end with -seed1 and so on.
+Paper: Javan, Toews, Pedersoli, AutoML 2023, arXiv 2306.11982, section 4. The authors' program
+differs in one thing: it computes p(m | a) at each step, but its balancing factors only once, at the
+start of each epoch. Writes mixture.json, and the weights to mixture.pt. By cost the names are
+mixture-cost.*, and with another seed than 0 they end with -seed1 and so on.
 """
 import time
 
@@ -31,17 +32,18 @@ from common import (add_sampler, at_least, begin_search, config_text, cosine_lr,
                     draw_probabilities, finish_search, log_epoch, make_learner, parse, print_table,
                     run_main, save_checkpoint, training_batches)
 
-BLOCK = 36  # steps between two updates of p(m | a), or the configurations if there are more;
-            # each update waits for the device
+# Steps between two updates of p(m | a). A space of more configurations has as many steps. An update
+# must wait for the device, so it is not made at each step.
+BLOCK = 36
 
 
 def balance(probs, tolerance=1e-8, rounds=10_000):
     """Rescale p(model | configuration) so that all models get equal shares of the configurations.
 
     probs: float tensor (configurations, M), each row with the sum 1. The share of a model is the
-    mean of its column. Divide each column by its share, then each row by its sum, and repeat until
-    the shares are even: until KL(shares || uniform) < tolerance, at most `rounds` times. This is
-    Sinkhorn's algorithm (paper, section 4, with a tolerance of 1e-4).
+    mean of its column. Divide each column by its share, then each row by its sum. Repeat until
+    KL(shares || uniform) < tolerance, or `rounds` times. This is Sinkhorn's algorithm (paper,
+    section 4). The paper's tolerance is 1e-4; a stricter one costs little.
 
     Returns a tensor like probs, with rows that sum to 1 and columns that nearly sum to
     configurations / M. Zeros count as 1e-30, since no factor could lift a column of zeros. Raises
@@ -63,9 +65,9 @@ def balance(probs, tolerance=1e-8, rounds=10_000):
 class Assignment:
     """The table W of the paper, which tells which model trains which configuration (section 4).
 
-    configs, models: their numbers. momentum: how much of an entry stays when a score is recorded
-    (paper: 0.9). W: float64 (configs, models), 1 at the start. counts: int64 of the same shape, how
-    often each pair was trained.
+    configs, models: how many there are. momentum: how much of an entry stays when a score is
+    recorded (paper: 0.9). W: float64 (configs, models), 1 at the start. counts: int64 of the same
+    shape, how often each pair was trained.
     """
 
     def __init__(self, configs, models, momentum=0.9):
@@ -105,11 +107,12 @@ def main():
         add("--no-balance", action="store_true", help="leave out balancing, to see what happens")
     args = parse(__doc__, options, synthetic_epochs=8)
     search = begin_search(args, "mixture", "sampler", "models", "no_balance",
-                          step_cost=4 / 3)
-    learners = [make_learner(search, args, m) for m in range(args.models)]
+                          step_cost=4 / 3)  # a score takes a third of a training step
+    learners = [make_learner(search, args, m) for m in range(args.models)]  # first weights differ
     assignment, balanced = Assignment(len(search.configs), args.models), not args.no_balance
     draws = draw_probabilities(search.macs, args.sampler)
-    history, steps, epochs = [], search.steps, args.epochs * args.models  # passes of all models
+    history, steps = [], search.steps
+    epochs = args.epochs * args.models  # passes over the images; each batch trains one model
     size = max(BLOCK, len(search.configs))  # of a block of steps
     if search.state:  # go on after the last epoch of a run that was stopped
         history = search.state["history"]
@@ -134,7 +137,7 @@ def main():
             progress = (epoch * steps + start) / (epochs * steps)
             configs = rng.choice(len(search.configs), len(block), p=draws)
             models = assignment.draw(assignment.probabilities(progress, balanced), configs, rng)
-            # `block` stands first, for zip then takes no batch that the next block would miss
+            # `block` stands first: zip then stops before it takes a batch of the next block
             pairs = zip(block, configs, models, train_batches, score_batches)
             for step, a, m, (x, y), (score_x, score_y) in pairs:
                 config = search.configs[a]

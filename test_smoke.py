@@ -114,6 +114,10 @@ def failing(function, error, first=1):
     return prepare
 
 
+def without_pictures():
+    sys.modules["matplotlib"] = None  # so that importing it fails
+
+
 def run_two_ranks(*words):
     """Run a script as torchrun would on two machines: rank 1 works in the folder `other`."""
     Path("other").mkdir()
@@ -570,7 +574,7 @@ def test_a_mistake_is_one_line_and_touches_nothing(command, message):
 # ---- the pages -------------------------------------------------------------------------------------------------------
 
 def test_the_tables_of_the_evidence_are_the_files():
-    page = (RESULTS / "README.md").read_text()
+    page = (RESULTS / "tables.md").read_text()
     for name in ("cifar10", "synthetic"):
         shutil.copytree(RESULTS / name, name, ignore=shutil.ignore_patterns("propose.json"))
         out = run("results/report.py", name, "--truth", RESULTS / PUBLISHED, "--markdown")
@@ -581,6 +585,12 @@ def test_the_tables_of_the_evidence_are_the_files():
         trained = {row[0]: row for row in trained_rows(data)}
         best = trained[common.config_text(data["best"]["config"])]
         assert f"| {', '.join(trained)} | {best[0]} | {' | '.join(best[6:9])} |\n" in page
+
+
+def test_the_figures_of_the_first_page_are_those_of_the_files():
+    page, out = (RESULTS / "README.md").read_text(), run("results/claims.py", prepare=without_pictures)
+    numbers = re.findall(r"[+-]\d\.\d\d to [+-]\d\.\d\d", page)
+    assert len(numbers) > 9 and not set(numbers) - set(re.findall(r"[+-]\d+\.\d\d to [+-]\d+\.\d\d", out))
 
 
 def test_the_report_shows_a_new_folder_with_pictures_and_a_single_file(whole, monkeypatch):
