@@ -979,6 +979,8 @@ def other_settings(found, settings):
              "network": "--network (another network)"}
     differ = []
     for name, value in settings.items():
+        if name == "network" and found.get("image_size") != settings.get("image_size", found.get("image_size")):
+            continue  # the first layers of the ResNet20 follow from the images' size
         if found.get(name) != value:
             option = f"--{name.replace('_', '-')} ({found.get(name)} there, {value} here)"
             differ.append(names.get(name) or option)
@@ -1225,7 +1227,7 @@ def announce(search, args, step_cost):
     total, each = args.epochs * models * search.steps, args.epochs * search.steps / count
     seconds = seconds_of_step(args.default, args, len(search.classes))
     seconds *= step_cost * search.macs.mean() / search.macs[search.configs.index(args.default)]
-    print(f"{total} steps of {args.batch_size} images, {each:.0f} for each of {count} configurations"
+    print(f"{total} steps of {args.batch_size} images, {each:.1f} for each of {count} configurations"
           f"{' and each model' * (models > 1)}; what is left takes roughly {duration(epochs * search.steps * seconds)}")
     if each < ENOUGH_STEPS:
         images, batch = len(search.scoring.labels), args.batch_size
@@ -1233,8 +1235,8 @@ def announce(search, args, step_cost):
             batch //= 2
         epochs = math.ceil(ENOUGH_STEPS * count / (images // batch))
         needed = epochs * models * (images // batch) * seconds * batch / args.batch_size
-        print(f"That is too little to rank them by: take --batch-size {batch} --epochs {epochs}, which "
-              f"takes roughly {duration(needed)} here")
+        print(f"That is too little to rank them by. Delete {search.name}.pt and {search.name}.json, and take "
+              f"--batch-size {batch} --epochs {epochs}, which takes roughly {duration(needed)} here")
 
 
 def make_learner(search, args, *number, kind=Learner, norm=batch_statistics_norm):

@@ -152,17 +152,31 @@ def trained_rows(data):
     return rows
 
 
-def show_trained(data, columns=TRAINED):
-    """Print what was trained: the rows of `trained_rows`, and what chance alone would show."""
-    rows = [dict(zip(TRAINED, row)) for row in trained_rows(data)]
-    print_table(columns, [[row[column] for column in columns] for row in rows])
-    gains = gains_of(data)
+def show_trained(data):
+    """Print the rows of `trained_rows`, what chance alone would show, and what is worth taking.
+
+    Worth taking is what gains more than chance would show, by more than the larger of its errors.
+    """
+    rows = trained_rows(data)
+    used = [i for i in range(len(TRAINED)) if any(row[i] != "-" for row in rows)]
+    print_table([TRAINED[i] for i in used], [[row[i] for i in used] for row in rows])
+    gains, chance = gains_of(data), 0.0
     if gains:
         print(f"The gain is over the default, in points. Its standard error: by the seeds, and by "
               f"the {data['n_test']} test images.")
     if len(gains) > 1:
+        chance = best_by_chance(gains)
         print(f"If none were better than the default, the best of {len(gains)} would by chance "
-              f"still look {100 * best_by_chance(gains):.1f} points better, on average.")
+              f"still look {100 * chance:.1f} points better, on average.")
+    if gains:
+        default = config_text(data["default"]["config"])
+        worth = [config_text(config) for config, (gain, seeds, images, _) in gains.items()
+                 if gain - chance > max(seeds or 0.0, images)]
+        print(f"Better than {default} by more than chance and error: {', '.join(worth)}." if worth
+              else f"None is better by more than chance and error: keep {default}, or test on more "
+                   f"images, or train more seeds (--runs).")
+        if any(len(r["runs"]) < 2 for r in data["results"]):
+            print("How much a seed changes is not known where there is one run only (--runs).")
 
 
 def draw_gains(figure, data):
@@ -173,7 +187,7 @@ def draw_gains(figure, data):
     ax.axhline(0, color="tab:grey", linewidth=1)
     ax.plot(macs[default], 0, "ks", label=f"the default, {config_text(default)}")
     ax.annotate(config_text(default), (macs[default], 0), (5, 5), textcoords="offset points")
-    label = "gain and its standard error, the larger one"
+    label = "gain, and the larger of its two standard errors"
     for config, (gain, seeds, images, _) in gains.items():
         error = max(seeds or 0.0, images)
         ax.errorbar(macs[config], 100 * gain, 100 * error, fmt="o", color="tab:blue", capsize=3,
@@ -183,6 +197,7 @@ def draw_gains(figure, data):
         label = None  # once in the legend
     ax.set(xlabel="million multiply-adds", ylabel="gain over the default, points",
            title=f"{data['dataset']}: trained from scratch, {data['n_test']} test images")
+    ax.margins(x=0.15)
     ax.legend()
 
 
@@ -215,6 +230,8 @@ def candidates(searches, args, macs):
     for config in parse_configs(args.config, args):
         if macs[config] <= args.max_macs:
             reasons.setdefault(config, ["--config"])
+        else:
+            print(f"left out by --max-macs: {config_text(config)}, {macs[config] / 1e6:.1f}M")
     return {config: "; ".join(texts) for config, texts in reasons.items()}
 
 
@@ -260,7 +277,7 @@ def main():
     if RANK == 0:
         found = write_trained(args, "retrain", data, runs, lambda config: {"why": why[config]})
         print(f"\naccuracy on {found['n_test']} test images, %")
-        show_trained(found, [column for column in TRAINED if column != "val acc"])
+        show_trained(found)
         if gains_of(found):
             save_picture(args.out / "retrain.png", draw_gains, found)
 

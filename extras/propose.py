@@ -25,7 +25,7 @@ import numpy as np
 
 from common import (RANK, WORLD, UserError, at_least, config_text, describe, gather, pack_right,
                     parse, pooling_configs, print_table, run_main, unpack_right, write_results)
-from retrain import TRAINED, load_searches, show_trained
+from retrain import load_searches, show_trained
 from train_single import (finished_runs, load_for_training, multiply_adds, summarise, train_network)
 
 # ---- The prior: what is believed before the first training, in percentage points of accuracy -----
@@ -265,7 +265,7 @@ def report(args, data, runs, described, values):
         best = config_text(found["best"]["config"])
         print(f"\nval acc, %, on {chose} test images, chose {best}; test acc, %, on the "
               f"{reported} others")
-        show_trained(found, TRAINED)
+        show_trained(found)
 
 
 def print_beliefs(space, macs, scores, values, counts, default, max_macs, images):

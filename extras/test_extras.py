@@ -8,8 +8,8 @@ from pathlib import Path
 from statistics import NormalDist
 
 from test_smoke import (  # noqa  # before torch, since it sets one thread
-    COSTS, CPU, SPACE, TINY, ends, ends_the_same, failing, files, in_an_empty_folder, load, refused,
-    run, run_two_ranks)
+    COSTS, CPU, SNIPPETS, SPACE, TINY, ends, ends_the_same, failing, files, in_an_empty_folder,
+    load, refused, run, run_two_ranks)
 import numpy as np
 import pytest
 import torch
@@ -89,6 +89,20 @@ def test_the_first_seed_chooses_by_half_of_the_images_and_all_seeds_report_the_o
     best = load("x/propose.json")["best"]
     assert best["config"] == [1, 3]
     assert (best["val_acc"], best["test_acc"]) == pytest.approx((0.9, 0.2))
+
+
+def test_a_network_with_four_resolutions_is_searched_proposed_and_reported():
+    snippet = next(text for text in SNIPPETS if "DEFAULT" in text)
+    Path("plain.py").write_text(snippet.replace("DEFAULT = (2, 2, 2)", "DEFAULT = (3, 1, 1, 1)"))
+    words = [*TINY[:2], *TINY[6:], "--network", "plain.py", "--out", "x"]
+    for method in ("mcts", "pss_net --pools 2", "cross_path", "split_by_resolution"):
+        name, *options = method.split()
+        run(f"extras/{name}.py", *words, *options)
+        assert load(f"x/{name}.json")["space"] == {"layers": 6, "scales": 4, "size": 10}
+    run("extras/propose.py", *words, "--trainings", "2", "--runs", "1")
+    assert load("x/propose.json")["default"]["config"] == [3, 1, 1, 1]
+    out = run("results/report.py", "x")
+    assert "[3,1,1,1]" in out and ("scores-mcts.png" in out)
 
 
 @ends

@@ -8,7 +8,7 @@
 Reads the JSON of all stages in the folder and below. The truth that searches are judged by is
 --truth, or else the folder's single.json. Without a truth it shows what the searches scored. With
 matplotlib it draws into the folder: pooling.png, the truth over the two pooling positions and
-against cost; searches.png, the scores of the folder's own searches; gains.png, what was trained.
+against cost; searches.png, the scores of the folder's own searches; retrain.png, what was trained.
 """
 import math
 from argparse import RawDescriptionHelpFormatter
@@ -187,7 +187,7 @@ def draw_pooling(figure, results, key="test_acc", default=None):
         left = axes[0]
         first, second, _ = np.cumsum([r["config"] for r in results], axis=1).T
         size = min(800, 800 * (9 / max(second)) ** 2)
-        left.scatter(first, second, c=range(len(results)), s=size, marker="s", cmap="summer_r", alpha=0.7)
+        left.scatter(first, second, c=range(len(results)), s=size, marker="s", cmap="summer", alpha=0.7)
         left.set(xlabel="layers before the first pooling", ylabel="layers before the second pooling",
                  xmargin=0.08, ymargin=0.08, title=f"{what}, %; greener is better, bold: nothing "
                  f"cheaper reaches it")
@@ -266,7 +266,7 @@ def main():
         print(f"{judge} knows {len(truth)} configurations, the best is {config_text(results[0]['config'])}")
         pictures["pooling"] = draw_pooling, results
     if searches:
-        title = f"The searches, judged by {judge or 'nothing'}"
+        title = f"The searches, judged by {judge}" if judge else "The searches; no truth to judge them by"
         show_table(title, SEARCH, search_rows([*searches.values()], truth), args.markdown)
     for path, data in files.items():
         if data["stage"] in ("retrain", "propose"):
@@ -277,7 +277,7 @@ def main():
                 show_trained(data)
             show_classes(data, path, args.markdown)
             if path.parent == folder and gains_of(data):
-                pictures["gains"] = draw_gains, data
+                pictures[data["stage"]] = draw_gains, data
         if data["stage"] == "compare":
             show_ways(data["ways"], path, args.markdown)
 
