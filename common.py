@@ -169,7 +169,7 @@ class Split(NamedTuple):
 
 
 def balanced_order(labels, seed=0):
-    """Shuffle so that the first k images hold the classes in the proportions of all, for every k.
+    """Shuffle so that the first k images nearly hold the classes in the proportions of all.
 
     labels: integers (N,). Returns int64 (N,), the positions of the images in their new order.
     """
@@ -183,7 +183,7 @@ def balanced_order(labels, seed=0):
 
 
 def split_in_halves(split, seed=0):
-    """Cut a Split into two halves, each class in equal parts. Returns a list of two Splits.
+    """Cut a Split into two halves, each class in nearly equal parts. Returns a list of two Splits.
 
     One half trains the weights of a search, the other scores configurations (paper, section 4).
     """
@@ -246,6 +246,7 @@ def derive_seed(*parts):
     """Make a seed, an integer below 2 ** 63, from anything that Python can print.
 
     derive_seed("order", 0, 5) shuffles epoch 5 of seed 0: each use of chance has its own stream.
+    What prints differently gives another seed, such as 3 and np.int64(3).
     """
     return int(hashlib.sha256(repr(parts).encode()).hexdigest()[:16], 16) >> 1
 
@@ -254,7 +255,7 @@ def cosine_lr(step, steps, lr, warm_up=0.0):
     """The learning rate of step 0 to steps - 1: it falls from `lr` to 1 % of it along a cosine.
 
     The paper's falls from 0.1 to 0.001 and changes once an epoch; this one changes each step.
-    warm_up: the part of all steps, 0 to 1, in which the rate is first lowered and rises evenly.
+    warm_up: in this first part of all steps, 0 to 1, a factor rises evenly to 1 and multiplies it.
     """
     rising = min(1.0, (step + 1) / (warm_up * steps)) if warm_up else 1.0
     return rising * lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
@@ -424,10 +425,10 @@ def make_network(args, classes, norm=nn.BatchNorm2d):
 
 
 def load_network(folder, config=None):
-    """Load a network that retrain.py or train_single.py trained. Returns a namespace with
+    """Load a network that retrain.py or train_single.py trained. Returns a namespace.
 
-    network (in eval mode; takes images as `normalise` makes them, and config), config, classes,
-    image_size. folder: the --out of that run. config: which of those trained; by default the best
+    It has network (in eval mode; takes images as `normalise` makes them, and config), config,
+    classes and image_size. folder: the --out of that run. config: which of those trained; by default the best
     in retrain.json, or in single.json where there is none. Raises UserError.
     """
     folder = Path(folder)
@@ -436,16 +437,16 @@ def load_network(folder, config=None):
         raise UserError(f"{folder} holds no retrain.json and no single.json: run retrain.py first")
     found = load_json(folder / f"{stages[0]}.json", "test_acc")
     config = tuple(config or found["best"]["config"])
-    weights = [path for stage in ("retrain", "single")
-               for path in visible_files(folder / stage, f"{'-'.join(map(str, config))}-seed*.pt")]
+    weights = [path.with_suffix(".pt") for stage in ("retrain", "single")  # a JSON says that it is finished
+               for path in visible_files(folder / stage, f"{'-'.join(map(str, config))}-seed*.json")
+               if path.with_suffix(".pt").exists()]
     if not weights:
         raise UserError(f"{folder} holds no weights of {config_text(config)}: copy its folders retrain and single too")
     own = folder / NETWORK_COPY
     args = SimpleNamespace(image_size=found["image_size"], layers=found["space"]["layers"], network_path=own,
                            network_text=own.read_text() if own.exists() else "")
     network = make_network(args, len(found["classes"]))
-    state = torch.load(weights[0], map_location="cpu", weights_only=True)
-    network.load_state_dict(state["learner"]["network"])
+    network.load_state_dict(load_checkpoint(weights[0])["learner"]["network"])
     return SimpleNamespace(network=network.eval(), config=config, classes=found["classes"],
                            image_size=found["image_size"])
 
@@ -473,7 +474,7 @@ def synthetic_images(n, seed):
     A class is a pair of glyphs, each a pattern of 3x3 pixels. The upper half of an image shows five
     glyphs of its class. The lower half shows two of another class, which do not count. Glyphs may
     differ in a single pixel, which early pooling blurs. Which half a glyph is in shows only to a
-    wide view, which late pooling gives late.
+    wide view, which a network that pools late has only in its last layers.
 
     n: the number of images. seed: draws the images; the classes are always the same. Returns
     images, uint8 (n, 16, 16, 3), and labels, int64 (n,), as arrays; all classes are equally large.
@@ -511,12 +512,12 @@ def read_image(path, size):
         image.draft("RGB", (size, size))  # decodes a JPEG at the smallest scale that is large enough
         if image.mode[0] in "IF":
             raise ValueError("more than 8 bits a channel, convert it to 8")
-        rgba, turn = image.convert("RGBA"), None
+        plain, turn = image.convert("RGBA" if "A" in image.mode or "transparency" in image.info else "RGB"), None
         with contextlib.suppress(Exception):  # broken EXIF raises many kinds of exceptions
             turn = image.getexif().get(0x0112)  # asked after loading, which turns a TIFF itself
-        if image.format == "BMP" and rgba.getextrema()[3] == (0, 0):
-            rgba.putalpha(255)  # many programs leave the alpha of a BMP empty and ignore it
-        plain = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+        if plain.mode == "RGBA" and not (image.format == "BMP" and plain.getextrema()[3] == (0, 0)):
+            plain = Image.alpha_composite(Image.new("RGBA", plain.size, "white"), plain)
+        plain = plain.convert("RGB")  # drops the alpha, also of a BMP that leaves it empty, as many do
         plain = ImageOps.fit(plain, (size, size), Image.Resampling.BILINEAR)
     turns = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
              6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
@@ -529,32 +530,26 @@ def file_number(path):
     return derive_seed(os.path.abspath(path), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
 
 
+def read_cache(path, size):
+    """Read what `decode` wrote: two numbers of each image, int64 (N, 2), and the images, (N, ...).
+
+    Nothing where the file is missing or was cut off.
+    """
+    count, rest = divmod(path.stat().st_size if path.exists() else 0, size * size * 3 + 16)
+    if rest or not count:
+        return np.empty((0, 2), np.int64), []
+    images = np.memmap(path, np.uint8, "c", shape=(count, size, size, 3))
+    return np.fromfile(path, np.int64, offset=images.nbytes).reshape(-1, 2), images
+
+
 def decode(files, size, path):
     """Decode image files into the file `path`, once. Later runs find them there.
 
-    A file `.npy` beside it holds two numbers for each image: its `file_number`, and one that stands
-    for its pixels. Returns images, uint8 (N, size, size, 3), mapped from the file, and the numbers
-    of their pixels, int64 (N,). Raises UserError that lists files that are no images. Errors of the
-    disk and of memory are raised as they are.
+    Behind the images the file holds two numbers for each: its `file_number`, and one that stands
+    for its pixels. Images whose files have not changed are copied. Returns images, uint8 (N, size,
+    size, 3), mapped from the file, and the numbers of their pixels, int64 (N,). Raises UserError
+    that lists files that are no images. Errors of the disk and of memory are raised as they are.
     """
-    with lock(path.parent, wait=True):  # another process may be decoding the same files
-        numbers = np.array([file_number(file) for file in files])
-        try:
-            known = np.load(path.with_suffix(".npy"))
-            images = np.memmap(path, np.uint8, "c", shape=(len(known), size, size, 3))
-        except (OSError, ValueError):  # not decoded yet, or damaged
-            known, images = np.empty((0, 2), np.int64), []
-        if not np.array_equal(known[:len(files), 0], numbers):
-            done = dict(zip(known[:, 0].tolist(), images))  # what has not changed is copied
-            known = decode_anew(files, numbers, size, path, done)
-            images = np.memmap(path, np.uint8, "c", shape=(len(known), size, size, 3))
-    return torch.from_numpy(images[:len(files)]), known[:len(files), 1]
-
-
-def decode_anew(files, numbers, size, path, done):
-    """Write the cache of `decode`. done: {file_number: pixels}. Returns its numbers, (N, 2)."""
-    bad, known, shown = [], [], time.monotonic()
-
     def read(file, number):
         try:
             pixels = done[number] if number in done else read_image(file, size)
@@ -564,23 +559,26 @@ def decode_anew(files, numbers, size, path, done):
             bad.append(f"{file} ({error})")
             pixels = np.empty(0, np.uint8)
         return pixels.tobytes()
-    with whole_file(path) as temporary, open(temporary, "wb") as output, ThreadPoolExecutor() as pool:
-        for start in range(0, len(files), 256):  # part by part, so that memory stays small
-            if time.monotonic() - shown > 5:
-                shown = time.monotonic()
-                print(f"decoding {start} of {len(files)} images")
-            part = slice(start, start + 256)
-            for number, pixels in zip(numbers[part], pool.map(read, files[part], numbers[part].tolist())):
-                output.write(pixels)
-                known.append((number, int.from_bytes(hashlib.sha256(pixels).digest()[:7])))
-        if bad:
-            raise UserError(f"{len(bad)} files are no images that can be used, repair or remove them: "
-                            f"{'; '.join(sorted(bad)[:10])}")
-        path.with_suffix(".npy").unlink(missing_ok=True)  # it must never stand beside other pixels
-    known = np.array(known, np.int64)
-    with whole_file(path.with_suffix(".npy")) as temporary, open(temporary, "wb") as output:
-        np.save(output, known)
-    return known
+    with lock(path.parent, wait=True):  # another process may be decoding the same files
+        numbers = [file_number(file) for file in files]
+        known, images = read_cache(path, size)
+        if known[:len(files), 0].tolist() != numbers:
+            done, bad, pixel_numbers, shown = dict(zip(known[:, 0].tolist(), images)), [], [], time.monotonic()
+            with whole_file(path) as temporary, open(temporary, "wb") as output, ThreadPoolExecutor() as pool:
+                for start in range(0, len(files), 256):  # part by part, so that memory stays small
+                    if time.monotonic() - shown > 5:
+                        shown = time.monotonic()
+                        print(f"decoding {start} of {len(files)} images")
+                    part = slice(start, start + 256)
+                    for pixels in pool.map(read, files[part], numbers[part]):
+                        output.write(pixels)
+                        pixel_numbers.append(int.from_bytes(hashlib.sha256(pixels).digest()[:7], "big"))
+                if bad:
+                    raise UserError(f"{len(bad)} files are no images that can be used, repair or remove them: "
+                                    f"{'; '.join(sorted(bad)[:10])}")
+                output.write(np.array([numbers, pixel_numbers], np.int64).T.tobytes())
+            known, images = read_cache(path, size)
+    return torch.from_numpy(images[:len(files)]), known[:len(files), 1]
 
 
 def list_class(folder, skipped):
@@ -740,10 +738,8 @@ def graph_place(device):
     """What all CUDA graphs of a device share. Only one of them runs at a time.
 
     stream: where they are captured. pool: their memory. works: False once a capture has failed.
-    room: how many more may be captured, since each takes memory.
     """
-    return SimpleNamespace(stream=torch.cuda.Stream(device), pool=torch.cuda.graph_pool_handle(), works=True,
-                           room=600)  # a mixture of 8 ResNet20 has 576: 8 x 36, to train and to score
+    return SimpleNamespace(stream=torch.cuda.Stream(device), pool=torch.cuda.graph_pool_handle(), works=True)
 
 
 def graphed(step, device):
@@ -752,8 +748,8 @@ def graphed(step, device):
     A step of a ResNet20 is a thousand kernels of two microseconds each (H100, batch 128). A graph
     launches them all at once. For each shape of x and each config, the first call runs `step` as
     it is, the second captures a graph, later calls replay it. `step` must not wait for the device.
-    The next call may overwrite the tensor that is returned. Where capturing fails, or once there
-    are 600 graphs (a large space), `step` is used as it is.
+    The next call may overwrite the tensor that is returned. Where capturing fails, and for all
+    after the first 100 (in a large space), `step` is used as it is, since each graph takes memory.
     """
     if device.type != "cuda":
         return step
@@ -761,7 +757,7 @@ def graphed(step, device):
 
     def run(x, y, *step_args):
         shape, key = tuple(x.shape), (tuple(x.shape), step_args)
-        if place.works and place.room and key in seen and key not in captured:
+        if place.works and len(captured) < 100 and key in seen and key not in captured:
             inputs = static_inputs.setdefault(shape, (torch.empty_like(x), torch.empty_like(y)))
             graph = torch.cuda.CUDAGraph()
             try:
@@ -769,7 +765,6 @@ def graphed(step, device):
                                       capture_error_mode="thread_local"):
                     result = step(*inputs, *step_args)
                 captured[key] = graph, result
-                place.room -= 1
             except RuntimeError as error:
                 place.works = False
                 print(f"no CUDA graphs here, going on without ({str(error).splitlines()[0]})", flush=True)
@@ -863,7 +858,10 @@ class LabelledOutput(io.TextIOBase):
 
 
 def gather(value):
-    """The values of all ranks, a list in their order. It is all that processes do together."""
+    """The values of all ranks, a list in their order. It is all that processes do together.
+
+    A rank that fails before it comes here makes the others wait until torchrun ends them.
+    """
     if WORLD == 1:
         return [value]
     if not dist.is_initialized():  # another rank may train for days before it comes here
@@ -988,7 +986,7 @@ def other_settings(found, settings):
 
 
 def other_data(found, settings):
-    """Name what differs, as `other_settings`, in what a search shares with trainings that follow it."""
+    """As `other_settings`, but only what a search shares with the trainings that judge or follow it."""
     names = ["dataset", "data_digest", "image_size", "layers", "scales", "network"]
     if found.get("limit_train") == settings["limit_train"]:
         names.append("train_digest")
@@ -1006,8 +1004,9 @@ def refuse_other_settings(found, settings, elsewhere="choose another --out"):
             differ[path] = text
     if differ:
         path, text = next(iter(differ.items()))
+        files = " ".join(map(str, differ)) if len(differ) < 9 else f"{path.parent}/, all {len(differ)} of them"
         raise UserError(f"{path} is of a run with other settings: {text}. Use the same settings, {elsewhere}, or "
-                        f"delete the files of that run: {' '.join(map(str, differ))}")
+                        f"delete the files of that run: {files}")
 
 
 # ---- Results -------------------------------------------------------------------------------------
@@ -1026,8 +1025,9 @@ def unpack_right(text, count):
 def describe(configs, args, classes):
     """What follows from each configuration: a list of dicts with config, macs and params.
 
-    Raises UserError where the network cannot run one of them, or where one costs as much as another
-    that moves a layer to a lower resolution. Then this layer is not there, or ignores its config.
+    Raises UserError where the network cannot run one of them. Moving a layer to the next lower
+    resolution must change the cost. If it does not, the network lacks that layer or ignores its
+    config, and that is a UserError too.
     """
     with torch.device("meta"):
         params = sum(p.numel() for p in make_network(args, classes).parameters())
@@ -1037,8 +1037,8 @@ def describe(configs, args, classes):
         try:
             macs[config] = count_macs(config, network, args.image_size)
         except Exception as error:
-            raise UserError(f"--network {args.network_path or 'ResNet20'} cannot run {config_text(config)} on images of "
-                            f"{args.image_size} pixels: {type(error).__name__}: {error}") from None
+            raise UserError(f"--network {args.network_path or 'ResNet20'} cannot run {config_text(config)} on images "
+                            f"of {args.image_size} pixels: {type(error).__name__}: {error}") from None
     for config in configs:
         for part in range(len(config) - 1):
             moved = *config[:part], config[part] - 1, config[part + 1] + 1, *config[part + 2:]
@@ -1050,7 +1050,7 @@ def describe(configs, args, classes):
 
 
 def seconds_of_step(config, args, classes):
-    """Roughly how long a training step takes here, in seconds: the shorter of two, once warm."""
+    """Take four training steps here, and return the shorter of the last two, in seconds."""
     learner = Learner(make_network(args, classes), args.device, args.amp)
     images = torch.zeros(args.batch_size, args.image_size, args.image_size, 3, dtype=torch.uint8)
     x, y = normalise(images).to(args.device), torch.zeros(args.batch_size, dtype=torch.int64).to(args.device)
@@ -1200,8 +1200,8 @@ def begin_search(args, stage, *options, step_cost=1.0):
     for label, class_name in enumerate(classes):
         if not ((training.labels == label).any() and (scoring.labels == label).any()):
             raise UserError(f"class {class_name} has too few training images "
-                            f"({int((train.labels == label).sum())}): a search needs two of every class, one to "
-                            f"train with and one to score with")
+                            f"({int((train.labels == label).sum())}) for a search, which trains with one half of "
+                            f"them and scores with the other: add some, or raise --limit-train")
     done = f", goes on after epoch {len(state['history'])}" if state else ""
     print(f"{name} trains on {len(training.labels)} images and scores on {len(scoring.labels)}, "
           f"{len(classes)} classes, on {args.device}, --amp {args.amp}{done}")
@@ -1215,8 +1215,9 @@ def begin_search(args, stage, *options, step_cost=1.0):
     return search
 
 
-# Steps for each configuration, and each model of a mixture, below which a search is told to be too
-# short. On the made-up images ... (results/tables.md).
+# A search is called too short below so many steps for each configuration (and model of a mixture). On
+# the made-up images searches by cost with other seeds agree with a tau of about 0.2 after 1 step for
+# each, 0.6 after 5, 0.8 after 20 and 0.9 after 61; uniform ones need more (results/tables.md).
 ENOUGH_STEPS = 30
 
 
@@ -1225,13 +1226,16 @@ def announce(search, args, step_cost):
     models, count = getattr(args, "models", 1), len(search.configs)
     epochs = args.epochs * models - (len(search.state["history"]) if search.state else 0)
     total, each = args.epochs * models * search.steps, args.epochs * search.steps / count
-    seconds = seconds_of_step(args.default, args, len(search.classes))
-    seconds *= step_cost * search.macs.mean() / search.macs[search.configs.index(args.default)]
+    if epochs == 0:
+        return
+    seconds = step_cost * seconds_of_step(args.default, args, len(search.classes))
+    drawn = draw_probabilities(search.macs, getattr(args, "sampler", "uniform")) @ search.macs
+    seconds *= drawn / search.macs[search.configs.index(args.default)]
     print(f"{total} steps of {args.batch_size} images, {each:.1f} for each of {count} configurations"
           f"{' and each model' * (models > 1)}; what is left takes roughly {duration(epochs * search.steps * seconds)}")
     if each < ENOUGH_STEPS:
         images, batch = len(search.scoring.labels), args.batch_size
-        while batch > 16 and images // batch < 20:  # smaller batches make more steps of few images
+        while batch >= 32 and images // batch < 20:  # smaller batches make more steps of few images
             batch //= 2
         epochs = math.ceil(ENOUGH_STEPS * count / (images // batch))
         needed = epochs * models * (images // batch) * seconds * batch / args.batch_size
@@ -1287,7 +1291,7 @@ def finish_search(search, args, learners, history, own_keys, **extra):
         keys = (("kendall_tau", 1), ("kendall_tau_macs", 1), ("regret", 100))
         tau, of_macs, regret = ("-" if rank[key] is None else f"{times * rank[key]:.2f}" for key, times in keys)
         print(f"{search.name}.json against single.json, {rank['n']} configurations: Kendall's tau {tau}, by "
-              f"multiply-adds alone {of_macs}; the best score is {regret} points below the best by the truth")
+              f"multiply-adds alone {of_macs}; the truth of what it chose is {regret} points below the best")
     return data
 
 
@@ -1296,8 +1300,9 @@ def rank_by_truth(path, settings, results):
 
     kendall_tau: tau-b of its scores with the true accuracies. kendall_tau_macs: tau-b of
     multiply-adds with them. regret: the true accuracy of the best configuration minus that of the
-    configuration with the best score, a fraction. None where there is no such file, where it knows
-    fewer than half of the results, or where it is of other images, which one line says.
+    configuration with the best score, a fraction; None if all scores tie. The result is None where
+    there is no such file, where it knows fewer than half of the results, or where it is of other
+    images, which one line says.
     """
     if not path.exists():
         return None
@@ -1317,7 +1322,8 @@ def rank_by_truth(path, settings, results):
     tied = len({r["val_acc"] for r in known}) == 1  # then nothing is chosen
     return {"kendall_tau": kendall_tau([r["val_acc"] for r in known], true),
             "kendall_tau_macs": kendall_tau([r["macs"] for r in known], true),
-            "regret": None if tied else max(true) - truth[tuple(chosen["config"])], "against": path.name, "n": len(known)}
+            "regret": None if tied else max(true) - truth[tuple(chosen["config"])],
+            "against": path.name, "n": len(known)}
 
 
 # ---- Command line --------------------------------------------------------------------------------

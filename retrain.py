@@ -7,8 +7,8 @@
     torchrun --nproc_per_node=4 retrain.py          # four trainings at a time, a GPU for each
 
 Reads the scores of every search in --out; the seeds of one search are averaged. It tries the best
-three of each, since the best one is often there by chance: in eleven searches on CIFAR-10 the first
-was worse than the default twice; the best of the first three always gained, 0.4 to 1.5 points.
+three of each, since the best one is often there by chance: of 26 searches on CIFAR-10 five put one
+first that is worse than the default, but among the first three there was always a better one.
 
 A search chooses by training images, so no test image took part in its choice, and all of them are
 used here. Runs of train_single.py with the same settings count. What is trained is not trained
@@ -39,8 +39,8 @@ def load_searches(args):
     """The searches in --out: {the names of their files: {configuration: score}}.
 
     Seeds of one search are one entry, with the means of their scores. A second file of the same
-    search and seed is a copy and does not count. A search that chose nothing (`within_error`) is
-    left out, and so are other JSON files; a line says so.
+    search and seed is a copy and does not count. A search that chose nothing (`within_error`) has
+    no scores. Other JSON files are left alone. A line says each of these.
     """
     searches = {}
     paths = visible_files(args.out, "*.json")
@@ -64,15 +64,17 @@ def load_searches(args):
         if own.get("seed") in seeds:
             print(f"left alone: {path}, a copy of {seeds[own['seed']][0]}")
         else:
-            seeds[own.get("seed")] = path.name, scores, search.get("n_val") or 0
+            count = search.get("n_val") or 0
+            seeds[own.get("seed")] = path.name, scores, count, count + (search.get("n_train") or 0)
     found = {}
     for seeds in searches.values():
-        names, all_scores, counts = zip(*seeds.values())
+        names, all_scores, counts, all_images = zip(*seeds.values())
+        images = max(all_images)  # the halves of several seeds overlap
         means = {}
         for config in sorted(set().union(*all_scores)):  # some seeds may have never trained one
             own = [scores[config] for scores in all_scores if config in scores]
             means[config] = float(np.mean(own))
-        near, error = within_error(means.values(), sum(counts))
+        near, error = within_error(means.values(), min(sum(counts), images))
         if error is not None and near > CHANCE * len(means):
             print(f"{', '.join(names)} chose nothing: {near} of {len(means)} scores lie within one "
                   f"standard error of the best ({100 * error:.1f} points)")
@@ -109,15 +111,17 @@ def errors_of_gain(entry, base, counts):
 def gains_of(data):
     """The gain of each configuration over the default, from the content of a retrain.json.
 
-    Returns {configuration: (gain, error by the seeds, by the images, paired)}, as fractions, with
-    the errors of `errors_of_gain`; empty where the default was not trained.
+    Returns {configuration: (gain, error by the seeds, by the images, paired, own)}, as fractions,
+    with the errors of `errors_of_gain`. own: the part of the variance that is not the default's.
+    Empty where the default was not trained.
     """
     base = data["default"]
     gains = {}
     for r in data["results"] if base else ():
         if r["config"] != base["config"]:
             errors = errors_of_gain(r, base, data.get("test_counts") or data["n_test"])
-            gains[tuple(r["config"])] = r["test_acc"] - base["test_acc"], *errors
+            own = len(base["runs"]) / (len(base["runs"]) + len(r["runs"]))
+            gains[tuple(r["config"])] = r["test_acc"] - base["test_acc"], *errors, own
     return gains
 
 
@@ -125,15 +129,17 @@ def best_by_chance(gains):
     """How large the best of these gains looks on average where none is real, a fraction.
 
     gains: from `gains_of`. Each is taken to be normal, with the mean 0 and the larger of its two
-    errors. They share the default, so half of the variance is common to all and favours none.
+    errors. All gains share the default's error, which moves them together. So only the own error
+    of each makes it look better than the others.
     """
-    errors = [max(seeds or 0.0, images) for _, seeds, images, _ in gains.values()]
-    if not errors:
+    if not gains:
         return 0.0
+    variances = [max(seeds or 0.0, images) ** 2 * own
+                 for _, seeds, images, _, own in gains.values()]
     normal, steps = statistics.NormalDist(), 1000
-    largest = statistics.fmean(normal.inv_cdf(((step + 0.5) / steps) ** (1 / len(errors)))
+    largest = statistics.fmean(normal.inv_cdf(((step + 0.5) / steps) ** (1 / len(gains)))
                                for step in range(steps))  # the mean of the largest of so many
-    return largest * math.sqrt(statistics.fmean(error ** 2 for error in errors) / 2)
+    return largest * math.sqrt(statistics.fmean(variances))
 
 
 def trained_rows(data):
@@ -145,7 +151,7 @@ def trained_rows(data):
         return "-" if fraction is None else f"{100 * fraction:{sign}.2f}"
     rows, gains = [], gains_of(data)
     for r in sorted(data["results"], key=lambda r: (r.get("order") or math.inf, -r["test_acc"])):
-        gain, seeds, images, paired = gains.get(tuple(r["config"]), (None, None, None, True))
+        gain, seeds, images, paired, _ = gains.get(tuple(r["config"]), (None, None, None, True, 0))
         rows.append([config_text(r["config"]), f"{r['macs'] / 1e6:.1f}", points(r.get("val_acc")),
                      points(r["test_acc"]), points(r["std"]), len(r["runs"]), points(gain, "+"),
                      points(seeds), "at most " * (not paired) + points(images), r["why"]])
@@ -155,7 +161,7 @@ def trained_rows(data):
 def show_trained(data):
     """Print the rows of `trained_rows`, what chance alone would show, and what is worth taking.
 
-    Worth taking is what gains more than chance would show, by more than the larger of its errors.
+    Worth taking is what gains more than chance would show, by more than twice the larger error.
     """
     rows = trained_rows(data)
     used = [i for i in range(len(TRAINED)) if any(row[i] != "-" for row in rows)]
@@ -170,13 +176,13 @@ def show_trained(data):
               f"still look {100 * chance:.1f} points better, on average.")
     if gains:
         default = config_text(data["default"]["config"])
-        worth = [config_text(config) for config, (gain, seeds, images, _) in gains.items()
-                 if gain - chance > max(seeds or 0.0, images)]
-        print(f"Better than {default} by more than chance and error: {', '.join(worth)}." if worth
-              else f"None is better by more than chance and error: keep {default}, or test on more "
-                   f"images, or train more seeds (--runs).")
         if any(len(r["runs"]) < 2 for r in data["results"]):
-            print("How much a seed changes is not known where there is one run only (--runs).")
+            print("With one run of each it is not known how much a seed changes (--runs).")
+        worth = [config_text(config) for config, (gain, seeds, images, _, _) in gains.items()
+                 if gain - chance > 2 * max(seeds or 0.0, images)]
+        print(f"Better than {default} by more than chance and two errors: {', '.join(worth)}."
+              if worth else f"None is better than {default} by more than chance and two errors: "
+                            f"keep it, or test on more images, or train more seeds (--runs).")
 
 
 def draw_gains(figure, data):
@@ -188,7 +194,7 @@ def draw_gains(figure, data):
     ax.plot(macs[default], 0, "ks", label=f"the default, {config_text(default)}")
     ax.annotate(config_text(default), (macs[default], 0), (5, 5), textcoords="offset points")
     label = "gain, and the larger of its two standard errors"
-    for config, (gain, seeds, images, _) in gains.items():
+    for config, (gain, seeds, images, *_) in gains.items():
         error = max(seeds or 0.0, images)
         ax.errorbar(macs[config], 100 * gain, 100 * error, fmt="o", color="tab:blue", capsize=3,
                     label=label)

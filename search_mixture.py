@@ -32,8 +32,8 @@ from common import (add_sampler, at_least, begin_search, config_text, cosine_lr,
                     draw_probabilities, finish_search, log_epoch, make_learner, parse, print_table,
                     run_main, save_checkpoint, training_batches)
 
-# Steps between two updates of p(m | a). A space of more configurations has as many steps. An update
-# must wait for the device, so it is not made at each step.
+# Steps between two updates of p(m | a); in a space of more configurations it is their number. An
+# update must wait for the device, so it is not made at each step.
 BLOCK = 36
 
 
@@ -105,7 +105,7 @@ def main():
         add_sampler(add)
         add("--models", type=at_least(1), default=4, help="M, the sets of weights; default 4")
         add("--no-balance", action="store_true", help="leave out balancing, to see what happens")
-    args = parse(__doc__, options, synthetic_epochs=8)
+    args = parse(__doc__, options, synthetic_epochs=24)
     search = begin_search(args, "mixture", "sampler", "models", "no_balance",
                           step_cost=4 / 3)  # a score takes a third of a training step
     learners = [make_learner(search, args, m) for m in range(args.models)]  # first weights differ

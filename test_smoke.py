@@ -7,7 +7,6 @@ these tests want Linux or a Mac, and every test that forks stands before those t
 """
 import ast
 import importlib
-import inspect
 import itertools
 import json
 import math
@@ -226,7 +225,7 @@ def test_the_best_of_gains_that_are_none_against_a_simulation():
     for count in (1, 2, 5, 36):
         accuracies = rng.standard_normal((40_000, count + 1)) * 0.02 / 2 ** 0.5  # the last is the default's
         largest = (accuracies[:, :-1] - accuracies[:, -1:]).max(1).mean()
-        gains = {number: (0.1, None, 0.02, True) for number in range(count)}
+        gains = {number: (0.1, None, 0.02, True, 0.5) for number in range(count)}
         assert best_by_chance(gains) == pytest.approx(largest, abs=3e-4)
     assert within_error([0.5, 0.46, 0.44], 100) == (2, 0.05) and within_error([1.0, 1.0, 0.9], 9) == (2, 0.0)
 
@@ -356,7 +355,7 @@ def test_images_are_decoded_once_and_again_where_their_files_changed_or_the_cach
     assert train.digest != before[0].digest and test.digest == before[1].digest
     shutil.copytree("pets", "elsewhere/pets")
     assert [split.digest for split in load_dataset("elsewhere/pets")[:2]] == [train.digest, test.digest]
-    assert len(list(Path("data/cache").iterdir())) == 8  # two files for each part of each place, none left over
+    assert len(list(Path("data/cache").iterdir())) == 4  # a file for each part of each place, none left over
 
 
 def test_files_that_are_no_images_are_listed_but_a_failing_disk_and_too_little_memory_are_called_what_they_are():
@@ -649,7 +648,7 @@ assert losses[-1] < losses[0] and learner.score(x, y, (1,)).all()""",
 from PIL import Image
 Image.new("RGB", (9, 5), "white").save("white.png")
 assert read_image("white.png", 4).shape == (4, 4, 3)""",
-    "kendall_tau": "assert kendall_tau([1, 2], [1, 2]) == 1 and pareto([{'macs': 1, 'a': 2}, {'macs': 2, 'a': 1}], 'a')",
+    "kendall_tau": "assert kendall_tau([1, 2], [1, 2]) == 1 and pareto([{'macs': 1, 'a': 2}], 'a')",
     "balance": """
 assignment = Assignment(36, 4)
 assert torch.allclose(balance(torch.rand(36, 4)).mean(0), torch.full((4,), 0.25), atol=1e-3)
@@ -731,7 +730,7 @@ def test_a_network_file_as_in_the_readme_is_searched_trained_and_loaded_again(ca
     ("DEFAULT = (2, 2, 2)", "", "needs DEFAULT"),
     ("DEFAULT = (2, 2, 2)", "DEFAULT = 2, 0", "needs DEFAULT"),
     ("DEFAULT = (2, 2, 2)", "DEFAULT = 2, 2, 4", "cost the same, so layer"),  # two layers are not there
-    ("DEFAULT = (2, 2, 2)", "DEFAULT = 1, 1, 1, 1, 1, 1", "cannot run [1,1,1,1,1,1] on images of 16 pixels: RuntimeErr"),
+    ("DEFAULT = (2, 2, 2)", "DEFAULT = 1, 1, 1, 1, 1, 1", "cannot run [1,1,1,1,1,1] on images of 16 pixels: Run"),
     ("if number in pooled", "if number in (2, 4)", "cost the same, so layer"),  # ignores its configuration
     ("def make_network", "def make", "a function make_network"),
     ("import itertools", "import itertools, missing_package", "ModuleNotFoundError: No module named 'missing_package'"),

@@ -102,12 +102,14 @@ def finished_runs(folder, settings, refuse=True):
     """The finished runs in a folder that have these settings: {(configuration, seed): its JSON}.
 
     Under torchrun those on the disk of every rank count. A run with other settings, finished or
-    not, raises UserError; with refuse=False it is left alone, and one line says so. A run of an
-    older version, which did not keep `right`, counts as not finished where its weights are there.
+    not, raises UserError; with refuse=False it is left alone, and one line says so. Older versions
+    did not keep `right`; their runs then count as not finished, so that they are tested once more.
     """
     mine = {path: load_json(path) for path in visible_files(folder, "*-seed*.json")}
     if refuse:
-        weights = {path: load_checkpoint(path) for path in visible_files(folder, "*-seed*.pt")}
+        weights = {path: {"args": load_checkpoint(path)["args"]}
+                   for path in visible_files(folder, "*-seed*.pt")
+                   if path.with_suffix(".json") not in mine}  # of trainings that were stopped
         refuse_other_settings(mine | weights, settings, "choose another --out" + (
             "" if folder.name == "single" else " (and copy the JSON of the searches to it)"))
     same = {path: run for path, run in mine.items()
@@ -116,7 +118,7 @@ def finished_runs(folder, settings, refuse=True):
         print(f"left alone: {len(mine) - len(same)} runs in {folder}, trained with other settings")
     runs = {}
     for part in gather([run for path, run in same.items()
-                        if "right" in run or not path.with_suffix(".pt").exists()]):
+                        if "right" in run or not refuse or not path.with_suffix(".pt").exists()]):
         runs |= {(tuple(run["config"]), run["seed"]): run for run in part}
     return dict(sorted(runs.items()))
 

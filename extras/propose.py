@@ -193,12 +193,10 @@ def main():
     counts_of_test = data[1].labels.bincount(minlength=len(data[2])).tolist()
     chose = -(-sum(counts_of_test) // 2)
     searches = load_searches(args)
-    names = "; ".join(searches) or "no search (none in --out)"
+    whole = {names: search for names, search in searches.items() if set(search) == set(space)}
+    names = "; ".join(whole) or "no search (none in --out scores the whole space)"
     print(f"goes by pooling positions, cost, and the scores of {names}")
-    scores = []
-    for search in searches.values():
-        if set(search) == set(space):
-            scores.append([search[config] for config in space])
+    scores = [[search[config] for config in space] for search in whole.values()]
     described = describe(space, args, len(data[2]))
     macs = np.array([d["macs"] for d in described])
     allowed, default = macs <= args.max_macs, space.index(args.default)

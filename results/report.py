@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common import (Parser, UserError, config_text, count_macs, default_config, kendall_tau, load_json,
-                    pareto, print_table, run_main, unpack_right)
+from common import (Parser, UserError, config_text, count_macs, kendall_tau, load_json, pareto, print_table,
+                    run_main, unpack_right)
 from retrain import TRAINED, draw_gains, gains_of, save_picture, show_trained, trained_rows
 
 SEARCH = ["search", "images", "steps", "chosen", "tau", "tau with exposure", "tau with cost", "regret"]
@@ -109,7 +109,7 @@ def search_rows(searches, truth):
         args = search["args"]
         shared = ("dataset", "image_size", "layers", "scales", "batch_size", "lr")
         key = (words_of(search), search["n_train"] + search["n_val"], steps_of(search),
-               *(str(args.get(name)) for name in shared))
+               search["results"][0]["params"], *(str(args.get(name)) for name in shared))
         groups.setdefault(key, {}).setdefault(args["seed"], search["results"])
     rows = []
     for key in sorted(groups, key=lambda key: (-key[2], -key[1], key[0])):
@@ -155,7 +155,7 @@ def show_classes(data, source, markdown=False):
 
 # ---- Pictures -------------------------------------------------------------------------------------------------------
 
-def draw_pooling(figure, results, key="test_acc", default=None):
+def draw_pooling(figure, results, key, default):
     """Draw accuracies over the two pooling positions, coloured by rank, and against cost.
 
     results: with macs and the accuracy `key`, the best first. With other numbers of resolutions
@@ -165,7 +165,6 @@ def draw_pooling(figure, results, key="test_acc", default=None):
     front = [results.index(r) for r in pareto(results, key)]
     what = "test accuracy" if key == "test_acc" else "score in the search"
     positions = len(results[0]["config"]) == 3
-    default = tuple(default or default_config(sum(results[0]["config"]), len(results[0]["config"])))
     figure.set_size_inches(13 if positions else 7, 5)
     axes = figure.subplots(1, 1 + positions, squeeze=False)[0]
     right = axes[-1]
@@ -199,7 +198,7 @@ def draw_pooling(figure, results, key="test_acc", default=None):
         left.legend(loc="lower right", markerscale=0.4)
 
 
-def draw_searches(figure, searches, truth):
+def draw_searches(figure, searches, truth, default):
     """Draw scores against true accuracies, a panel for each search {name: results}.
 
     A dot has the colour of the model that owns its configuration. All panels share the true axis.
@@ -218,7 +217,6 @@ def draw_searches(figure, searches, truth):
                        label=f"owned by model {model}" if "model" in results[0] else "a configuration")
         ax.scatter(score[0], true[0], s=110, facecolors="none", edgecolors="black", label="the choice")
         first = results[0]["config"]
-        default = default_config(sum(first), len(first))
         for i, r in enumerate(results):
             if tuple(r["config"]) == default:
                 ax.scatter(score[i], true[i], s=110, marker="s", facecolors="none", edgecolors="tab:grey",
@@ -257,6 +255,8 @@ def main():
                 if data["stage"] not in ("single", "retrain", "propose", "compare")}
     judge = args.truth or (own if files.get(own, {}).get("stage") == "single" else None)
     truth, pictures = {}, {}
+    defaults = [data["default"]["config"] for data in files.values() if data.get("default")]
+    default = tuple(defaults[0]) if defaults else (4, 3, 3)
     if judge:
         results = []
         for r in load_json(judge, "test_acc")["results"]:
@@ -264,7 +264,7 @@ def main():
         results.sort(key=lambda r: -r["test_acc"])
         truth = {tuple(r["config"]): r["test_acc"] for r in results}
         print(f"{judge} knows {len(truth)} configurations, the best is {config_text(results[0]['config'])}")
-        pictures["pooling"] = draw_pooling, results
+        pictures["pooling"] = draw_pooling, results, "test_acc", default
     if searches:
         title = f"The searches, judged by {judge}" if judge else "The searches; no truth to judge them by"
         show_table(title, SEARCH, search_rows([*searches.values()], truth), args.markdown)
@@ -285,10 +285,10 @@ def main():
     judged = {name: results for name, results in here.items()
               if truth.keys() >= {tuple(r["config"]) for r in results}}
     if judged:
-        pictures["searches"] = draw_searches, judged, truth
+        pictures["searches"] = draw_searches, judged, truth, default
     elif here and not judge:  # without a truth, the scores of each search over its positions
         for name, results in here.items():
-            pictures[f"scores-{name}"] = draw_pooling, results, "val_acc"
+            pictures[f"scores-{name}"] = draw_pooling, sorted(results, key=lambda r: -r["val_acc"]), "val_acc", default
     if not pictures:
         print(f"no picture: {folder} itself holds no single.json, no search, and no retrain.json with a default")
     for name, (draw, *content) in pictures.items():
