@@ -6,6 +6,7 @@ A choice of a search is worth what it gains over the default when both are train
 paper's accuracies say that (published_cifar10_resnet20.json), on the other sets our own trainings. An
 interval holds the mean of all runs that could be made with a probability of 95 %, by Student's t.
 """
+import itertools
 import math
 import statistics
 from pathlib import Path
@@ -134,6 +135,31 @@ def draw_claims(figure, found):
     ax.legend(loc="lower right", markerscale=0.5, title="greener: better by the paper")
 
 
+def steps_rows():
+    """How a search on the made-up images gets better with its steps, from synthetic/steps.json.
+
+    Rows of draws, epochs, steps for each configuration, seeds, mean tau with the truth, mean tau between two seeds,
+    and mean regret in points.
+    """
+    single = load_json(HERE / "synthetic/single.json", "test_acc")["results"]
+    truth = {tuple(r["config"]): 100 * r["test_acc"] for r in single}
+    groups = {}
+    for name, results in load_json(HERE / "synthetic/steps.json")["runs"].items():
+        sampler, epochs, _ = name.split(", ")
+        key = sampler, int(epochs.split()[0]), sum(r["steps"] for r in results)
+        groups.setdefault(key, []).append({tuple(r["config"]): r["val_acc"] for r in results})
+    rows = []
+    for (sampler, epochs, steps), searches in sorted(groups.items()):
+        configs = sorted(set(truth).intersection(*searches))
+        scores = [[search[config] for config in configs] for search in searches]
+        with_truth = [kendall_tau(own, [truth[config] for config in configs]) for own in scores]
+        between = [kendall_tau(one, other) for one, other in itertools.combinations(scores, 2)]
+        regrets = [max(truth.values()) - truth[max(search, key=search.get)] for search in searches]
+        rows.append([sampler, epochs, f"{steps / 36:.1f}", len(searches), *(f"{statistics.fmean(values):.2f}" for
+                                                                         values in (with_truth, between, regrets))])
+    return rows
+
+
 def main():
     found, rows = {}, []
     for data, searches in SEARCHES.items():
@@ -169,6 +195,8 @@ def main():
             gains.extend(values)
     print(f"\nOf {len(first)} searches on CIFAR-10 {sum(gain < 0 for gain in first)} put one first that is worse than "
           f"the default; the best of the first three gains {min(three):.2f} to {max(three):.2f}")
+    print("\nHow many steps a search needs, made-up images\n")
+    print_table(["draws", "epochs", "steps for each", "seeds", "tau", "tau between seeds", "regret"], steps_rows())
     save_picture(HERE / "claims.png", draw_claims, found)
 
 
