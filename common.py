@@ -1216,8 +1216,8 @@ def begin_search(args, stage, *options, step_cost=1.0):
 
 
 # A search is called too short below so many steps for each configuration (and model of a mixture). On
-# the made-up images searches by cost with other seeds agree with a tau of about 0.2 after 1 step for
-# each, 0.6 after 5, 0.8 after 20 and 0.9 after 61; uniform ones need more (results/tables.md).
+# the made-up images two seeds of a search agree with a tau of 0.2 after 1 step for each, 0.8 after 10
+# and 0.9 after 61 by cost, and of 0.2, 0.5 and 0.8 by uniform draws (results/tables.md).
 ENOUGH_STEPS = 30
 
 
