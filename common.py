@@ -527,7 +527,7 @@ def read_image(path, size):
 def file_number(path):
     """A number that changes when a file does, also where its size and its time stay the same."""
     found = os.stat(path)
-    return derive_seed(os.path.abspath(path), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+    return derive_seed(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
 
 
 def read_cache(path, size):

@@ -282,10 +282,10 @@ def main():
     runs = {key: run for key, run in runs.items() if key[0] in why}
     if RANK == 0:
         found = write_trained(args, "retrain", data, runs, lambda config: {"why": why[config]})
-        print(f"\naccuracy on {found['n_test']} test images, %")
-        show_trained(found)
         if gains_of(found):
             save_picture(args.out / "retrain.png", draw_gains, found)
+        print(f"\naccuracy on {found['n_test']} test images, %")
+        show_trained(found)
 
 
 if __name__ == "__main__":

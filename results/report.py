@@ -104,20 +104,22 @@ def search_rows(searches, truth):
     searches: contents of JSON files. Those that differ in their seed alone stand side by side; a
     second one of the same seed is a copy and does not count.
     """
-    groups = {("multiply-adds alone", 0, 0): {0: [{**r, "val_acc": r["macs"]} for r in searches[0]["results"]]}}
+    by_cost = [{**r, "val_acc": r["macs"]} for r in searches[0]["results"]]
+    groups = {("multiply-adds alone", 0, 0): {0: {"results": by_cost}}}
     for search in sorted(searches, key=lambda search: search["args"]["seed"]):
         args = search["args"]
         shared = ("dataset", "image_size", "layers", "scales", "batch_size", "lr")
         key = (words_of(search), search["n_train"] + search["n_val"], steps_of(search),
                search["results"][0]["params"], *(str(args.get(name)) for name in shared))
-        groups.setdefault(key, {}).setdefault(args["seed"], search["results"])
+        groups.setdefault(key, {}).setdefault(args["seed"], search)
     rows = []
     for key in sorted(groups, key=lambda key: (-key[2], -key[1], key[0])):
         runs = []
-        for results in groups[key].values():
-            chosen = max(results, key=lambda r: r["val_acc"])
-            figures = ["-" if f is None else f"{f:.2f}" for f in figures_of(results, truth)]
-            runs.append([config_text(chosen["config"]), *figures])
+        for search in groups[key].values():
+            best = max(search["results"], key=lambda r: r["val_acc"])
+            chosen = "nothing" if search.get("best", best) is None else config_text(best["config"])
+            figures = ["-" if f is None else f"{f:.2f}" for f in figures_of(search["results"], truth)]
+            runs.append([chosen, *figures])
         rows.append([*key[:3], *map(", ".join, zip(*runs))])
     return rows
 
