@@ -20,6 +20,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 import time
 import unicodedata
@@ -28,7 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -401,12 +402,13 @@ def read_network_file(text, path):
     image_size, norm): returns a module with forward(x, config), where norm(channels) makes a norm.
     path: for messages. Raises UserError.
     """
-    names = {"__name__": Path(path).stem, "__file__": str(path)}
+    module = sys.modules["network_file"] = ModuleType("network_file")  # dataclasses look it up there
+    module.__file__ = str(path)
     try:
-        exec(compile(text, str(path), "exec"), names)
-    except Exception as error:
+        exec(compile(text, str(path), "exec"), module.__dict__)
+    except (Exception, SystemExit) as error:
         raise UserError(f"--network {path} does not run: {type(error).__name__}: {error}") from None
-    default, make = names.get("DEFAULT"), names.get("make_network")
+    default, make = getattr(module, "DEFAULT", None), getattr(module, "make_network", None)
     fits = isinstance(default, (tuple, list)) and default and all(type(n) is int and n > 0 for n in default)
     if not fits or not callable(make):
         raise UserError(f"--network {path} needs DEFAULT = (3, 2, 2, 2), or how many layers your network runs at "
@@ -419,9 +421,17 @@ def make_network(args, classes, norm=nn.BatchNorm2d):
 
     args: from `parse`. norm: called with a number of channels; `batch_statistics_norm` in a SuperNet.
     """
-    if args.network_text:
-        return read_network_file(args.network_text, args.network_path)[1](classes, args.image_size, norm)
-    return ResNet20(classes, args.image_size, args.layers, norm)
+    if not args.network_text:
+        return ResNet20(classes, args.image_size, args.layers, norm)
+    _, make = read_network_file(args.network_text, args.network_path)
+    try:
+        network = make(classes, args.image_size, norm)
+        list(network.parameters())
+        return network
+    except Exception as error:
+        raise UserError(f"--network {args.network_path}: make_network(classes, image_size, norm) must return a module, "
+                        f"also on the device meta and with a norm that has no weights: {type(error).__name__}: "
+                        f"{error}") from None
 
 
 def load_network(folder, config=None):
@@ -446,12 +456,16 @@ def load_network(folder, config=None):
     args = SimpleNamespace(image_size=found["image_size"], layers=found["space"]["layers"], network_path=own,
                            network_text=own.read_text() if own.exists() else "")
     network = make_network(args, len(found["classes"]))
-    network.load_state_dict(load_checkpoint(weights[0])["learner"]["network"])
+    try:
+        network.load_state_dict(load_checkpoint(weights[0])["learner"]["network"])
+    except (RuntimeError, KeyError) as error:
+        raise UserError(f"{weights[0]} is of another network than {own if own.exists() else 'the ResNet20'}: copy the "
+                        f"whole folder of the run ({str(error).splitlines()[0]})") from None
     return SimpleNamespace(network=network.eval(), config=config, classes=found["classes"],
                            image_size=found["image_size"])
 
 
-NETWORK_COPY = "network.py"  # the copy of a network file that lies in --out, beside its weights
+NETWORK_COPY = "searched_network.py"  # the copy of a network file that lies in --out, beside its weights
 
 
 # ---- Data sets: each becomes uint8 images (N, H, W, 3) and labels --------------------------------
@@ -590,6 +604,8 @@ def list_class(folder, skipped):
         raise error
     images = []
     for place, folders, names in os.walk(folder, onerror=fail):
+        linked = [name for name in folders if Path(place, name).is_symlink()]
+        skipped["linked folders"] += len(linked)
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
         for name in sorted(names):
             path = Path(place, name)
@@ -635,7 +651,7 @@ def list_folder(root):
 
 def count_text(counter):
     """Write a Counter as text: "3 .txt, 1 hidden"."""
-    return ", ".join(f"{count} {name}" for name, count in counter.most_common())
+    return ", ".join(f"{count} {name}" for name, count in counter.most_common() if count)
 
 
 def list_images(name, data_dir):
@@ -663,6 +679,8 @@ def list_images(name, data_dir):
                         f"{' and more' * (len(inside) > 8)}: rename or move them, or name another folder. "
                         f"The README tells how to set test images apart (\"Your own images\")")
     train, skipped = list_folder(root / "train")
+    if len(tests) > 1:
+        print(f"{name} has both test/ and val/: the one whose classes fit better is used, or else test/")
     listed = [list_folder(root / part) for part in tests]
     test, skipped_there = min(listed, key=lambda listing: len(listing[0].keys() ^ train.keys()))
     for part, classes, others in (("train", train, test), (tests[listed.index((test, skipped_there))], test, train)):
@@ -1004,7 +1022,9 @@ def refuse_other_settings(found, settings, elsewhere="choose another --out"):
             differ[path] = text
     if differ:
         path, text = next(iter(differ.items()))
-        files = " ".join(map(str, differ)) if len(differ) < 9 else f"{path.parent}/, all {len(differ)} of them"
+        files = " ".join(shlex.quote(str(path)) for path in differ)
+        if len(differ) > 8:
+            files = f"{shlex.quote(str(path.parent))}/, all {len(differ)} of them"
         raise UserError(f"{path} is of a run with other settings: {text}. Use the same settings, {elsewhere}, or "
                         f"delete the files of that run: {files}")
 
@@ -1035,6 +1055,11 @@ def describe(configs, args, classes):
     macs = {}
     for config in configs:
         try:
+            if not macs:
+                with torch.device("meta"), torch.no_grad():
+                    shape = network(torch.empty(1, 3, args.image_size, args.image_size), config).shape
+                if shape != (1, classes):
+                    raise ValueError(f"the output for one image has the shape {tuple(shape)}, not (1, {classes})")
             macs[config] = count_macs(config, network, args.image_size)
         except Exception as error:
             raise UserError(f"--network {args.network_path or 'ResNet20'} cannot run {config_text(config)} on images "
@@ -1079,7 +1104,7 @@ def within_error(scores, count):
     if not count or not scores:
         return len(scores), None
     best = max(scores)
-    error = math.sqrt(best * (1 - best) / count)
+    error = math.sqrt(max(0.0, best * (1 - best)) / count)
     return sum(score >= best - error for score in scores), error
 
 
@@ -1404,6 +1429,10 @@ def parse(doc, add_options=lambda add: None, synthetic_epochs=7):
         with torch.device("meta"):
             shapes = [(name, *p.shape) for name, p in make_network(args, 10).named_parameters()]
         args.network = f"{derive_seed(shapes):x}"
+    size = math.comb(args.layers - 1, args.scales - 1)
+    if size > 20_000:
+        raise UserError(f"{size} configurations are too many to score: {args.layers} layers at {args.scales} "
+                        f"resolutions (DEFAULT in the file of --network, or --layers and --scales)")
     args.out = args.out or Path("runs", os.path.basename(os.path.abspath(args.dataset)))  # of a link its own name
     if args.out.resolve() in (Path(args.data_dir).resolve(), Path(args.data_dir, "cache").resolve()):
         raise UserError(f"--out {args.out} is where data sets are kept: choose another folder")  # both are locked

@@ -28,7 +28,7 @@ from common import (CHANCE, RANK, WORLD, UserError, at_least, config_text, descr
                     load_json, other_data, parse, pooling_configs, print_table, run_main,
                     unpack_right, visible_files, whole_file, within_error)
 from train_single import (finished_runs, load_for_training, multiply_adds, parse_configs,
-                          train_all, write_trained)
+                          refuse_to_lose, train_all, write_trained)
 
 NO_SEARCHES = "single", "retrain", "propose"  # what stages 1 and 4 leave, by their names
 TRAINED = ["configuration", "M multiply-adds", "val acc", "test acc", "deviation", "runs", "gain",
@@ -253,8 +253,12 @@ def main():
     args = parse(__doc__, options)
     folder = args.out / "retrain"
     finished_runs(folder, args.settings)  # refused now, since decoding images may take long
+    refuse_to_lose(args.out / "retrain.json", folder, args.out / "single")
+    parse_configs(args.config, args)  # refused now, as well
+    space = pooling_configs(args.layers, args.scales)
+    late = "6,1,3 7,1,2" if len(space) == 36 else ",".join(map(str, space[2 * len(space) // 3]))
     nothing = UserError(f"{args.out} holds no search of these images and this network: name "
-                        f"candidates, as in --config 6,1,3 7,1,2, or run search_supernet.py first")
+                        f"candidates, as in --config {late}, or run search_supernet.py first")
     others = [path for path in visible_files(args.out, "*.json") if path.stem not in NO_SEARCHES]
     if not args.config and not gather(others)[0]:
         raise nothing
@@ -264,7 +268,6 @@ def main():
     if not args.config and not searches:
         raise nothing
 
-    space = pooling_configs(args.layers, args.scales)
     described = describe(space, args, len(data[2]))
     macs = {config: d["macs"] for config, d in zip(space, described)}
     if args.max_macs < min(macs.values()):

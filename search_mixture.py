@@ -123,6 +123,7 @@ def main():
 
     for epoch in range(len(history), epochs):
         began = time.monotonic()
+        torch.manual_seed(derive_seed("dropout", args.seed, epoch))  # if the network has any
         log = torch.zeros(steps, 2, device=args.device)  # training loss and score of each step
         rng = np.random.default_rng(derive_seed("draw", args.seed, epoch))
         train_batches = training_batches(

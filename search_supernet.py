@@ -39,6 +39,7 @@ def main():
 
     for epoch in range(len(history), args.epochs):
         began = time.monotonic()
+        torch.manual_seed(derive_seed("dropout", args.seed, epoch))  # if the network has any
         log = torch.zeros(steps, 2, device=args.device)  # loss and accuracy of each step
         # ---- the method: draw configurations, and take one SGD step through each -----------------
         rng = np.random.default_rng(derive_seed("draw", args.seed, epoch))

@@ -42,6 +42,7 @@ from search_mixture import Assignment, balance
 
 HERE, CPU, FORK = Path(__file__).parent, torch.device("cpu"), multiprocessing.get_context("fork")
 README, RESULTS, PUBLISHED = (HERE / "README.md").read_text(), HERE / "results", "published_cifar10_resnet20.json"
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
 SPACE = pooling_configs()
 COSTS = np.array([count_macs(config) for config in SPACE])
 TINY = ["--dataset", "synthetic", "--layers", "4", "--scales", "2", "--limit-train", "96", "--batch-size", "16",
@@ -423,6 +424,21 @@ def test_each_stage_leaves_the_json_that_the_next_one_reads(whole, monkeypatch):
         assert r["test_acc"] == pytest.approx(np.mean([run["test_acc"] for run in r["runs"]]), abs=1e-6)
 
 
+def test_results_whose_runs_are_gone_are_not_overwritten_and_dropout_goes_on_as_before(whole):
+    Path("x").mkdir()
+    shutil.copy(whole / "single.json", "x")
+    assert "would be lost: move single.json away" in refused(*STAGES["single"], "--out", "x")
+    text = next(snippet for snippet in SNIPPETS if "DEFAULT" in snippet)
+    Path("plain.py").write_text(text.replace("self.head(", "self.head(F.dropout(", 1).replace(
+        "x.mean((2, 3)))", "x.mean((2, 3)), 0.5, self.training))"))
+    words = ["train_single.py", *TINY[:2], *TINY[6:], "--network", "plain.py", "--epochs", "3", "--out"]
+    run(*words, "a")
+    run(*words, "b", prepare=failing("common.save_checkpoint", None, 2), codes=(-signal.SIGKILL,))
+    run(*words, "b")
+    one, two = (torch.load(f"{place}/single/2-2-2-seed0.pt")["learner"]["network"] for place in "ab")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 def write_searches(place, like, *searches):
     """Pretend searches: (file name, scores of [1,3], [2,2], [3,1], settings that differ from `like`)."""
     Path(place).mkdir(exist_ok=True)
@@ -701,9 +717,6 @@ def test_each_row_of_the_copy_table_works_alone_in_an_empty_file():
         exec("import torch\n" + COPIED[names[0]], content)
 
 
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
-
-
 def test_a_network_file_as_in_the_readme_is_searched_trained_and_loaded_again(capsys):
     Path("plain.py").write_text(next(snippet for snippet in SNIPPETS if "DEFAULT" in snippet))
     words = [*TINY[:2], *TINY[6:], "--network", "plain.py", "--epochs", "8", "--out", "x"]
@@ -733,6 +746,9 @@ def test_a_network_file_as_in_the_readme_is_searched_trained_and_loaded_again(ca
     ("DEFAULT = (2, 2, 2)", "DEFAULT = 1, 1, 1, 1, 1, 1", "cannot run [1,1,1,1,1,1] on images of 16 pixels: Run"),
     ("if number in pooled", "if number in (2, 4)", "cost the same, so layer"),  # ignores its configuration
     ("def make_network", "def make", "a function make_network"),
+    ("return PlainCNN(classes, norm)", "PlainCNN(classes, norm)", "must return a module"),
+    ("widths[-1], classes)", "widths[-1], classes + 1)", "has the shape (1, 11), not (1, 10)"),
+    ("DEFAULT = (2, 2, 2)", "DEFAULT = 9, 9, 9, 9, 9", "too many to score"),
     ("import itertools", "import itertools, missing_package", "ModuleNotFoundError: No module named 'missing_package'"),
     ("self.layers):", "self.layers", "SyntaxError")])
 def test_a_network_file_that_does_not_fit_is_one_line(old, new, message):

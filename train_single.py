@@ -53,6 +53,7 @@ def train_network(config, seed, data, args, folder, **extra):
 
     for epoch in range(len(history), args.epochs):
         began = time.monotonic()
+        torch.manual_seed(derive_seed("dropout", seed, epoch, *config))  # if the network has any
         log = torch.zeros(steps, 2, device=args.device)  # loss and accuracy of each step
         # ---- the method: plain training with one configuration -----------------------------------
         order = derive_seed("order", seed, epoch, *config)
@@ -121,6 +122,21 @@ def finished_runs(folder, settings, refuse=True):
                         if "right" in run or not refuse or not path.with_suffix(".pt").exists()]):
         runs |= {(tuple(run["config"]), run["seed"]): run for run in part}
     return dict(sorted(runs.items()))
+
+
+def refuse_to_lose(path, *folders):
+    """Raise UserError where a JSON of results holds runs that are in none of the folders any more.
+
+    It is written anew from the runs there, so these would be lost.
+    """
+    if path.exists():
+        there = {run.stem for folder in folders for run in visible_files(folder, "*-seed*.json")}
+        for result in load_json(path).get("results", ()):
+            for run in result.get("runs", ()):
+                name = f"{'-'.join(map(str, result['config']))}-seed{run['seed']}"
+                if name not in there:
+                    raise UserError(f"{path} holds a run that is not in {folders[0]} ({name}.json) "
+                                    f"and would be lost: move {path.name} away, or the run back")
 
 
 def summarise(runs, key="test_acc"):
@@ -202,6 +218,7 @@ def main():
     args = parse(__doc__, options)
     configs, folder = parse_configs(args.config, args), args.out / "single"
     finished_runs(folder, args.settings)  # refused now, since decoding images may take long
+    refuse_to_lose(args.out / "single.json", folder)
     data = load_for_training(args)
     done = finished_runs(folder, args.settings)  # and again, now that the images are known
     todo = [config for config in configs if (config, args.seed) not in done]

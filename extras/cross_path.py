@@ -128,6 +128,7 @@ def main():
 
     for epoch in range(len(history), args.epochs):
         began = time.monotonic()
+        torch.manual_seed(derive_seed("dropout", args.seed, epoch))  # if the network has any
         log = torch.zeros(steps, 2, device=args.device)  # loss and accuracy of the first ones
         # ---- the method: draw two configurations, and take one SGD step through both -------------
         rng = np.random.default_rng(derive_seed("draw", args.seed, epoch))

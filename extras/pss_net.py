@@ -160,6 +160,7 @@ def main():
 
     for epoch in range(len(history), args.epochs):
         began = time.monotonic()
+        torch.manual_seed(derive_seed("dropout", args.seed, epoch))  # if the network has any
         log = torch.zeros(steps, 2, device=args.device)  # loss and accuracy of the drawn ones
         rng = np.random.default_rng(derive_seed("draw", args.seed, epoch))
         batches = training_batches(search.training.images, search.training.labels, args.batch_size,

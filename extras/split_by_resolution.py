@@ -92,6 +92,7 @@ def main():
 
     for epoch in range(len(history), args.epochs):
         began = time.monotonic()
+        torch.manual_seed(derive_seed("dropout", args.seed, epoch))  # if the network has any
         log = torch.zeros(steps, 2, device=args.device)  # loss and accuracy of each step
         # ---- the method: a naive SuperNet, whose layers are split after a part of the run --------
         if epoch == split_epoch:

@@ -246,8 +246,14 @@ def main():
     for path in paths:
         try:
             data = {"stage": "single", **load_json(path)}
+            if "history" in data and data["stage"] not in ("single", "retrain", "propose", "compare"):
+                load_json(path, "val_acc")
+                data["args"]["seed"] + steps_of(data) + sum(r["macs"] for r in data["results"])
         except UserError as error:
             print(f"left alone: {error}")
+            continue
+        except (KeyError, TypeError, AttributeError) as error:
+            print(f"left alone: {path} is no search of this project ({type(error).__name__}: {error})")
             continue
         if "results" in data or "ways" in data:
             files[path] = data
