@@ -117,7 +117,9 @@ def search_rows(searches, truth):
         runs = []
         for search in groups[key].values():
             best = max(search["results"], key=lambda r: r["val_acc"])
-            chosen = "nothing" if search.get("best", best) is None else config_text(best["config"])
+            chosen = config_text(best["config"])
+            if search.get("best", best) is None:
+                chosen += " (by chance)"
             figures = ["-" if f is None else f"{f:.2f}" for f in figures_of(search["results"], truth)]
             runs.append([chosen, *figures])
         rows.append([*key[:3], *map(", ".join, zip(*runs))])
