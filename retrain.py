@@ -21,12 +21,13 @@ import json
 import math
 import os
 import statistics
+from typing import NamedTuple
 
 import numpy as np
 
-from common import (CHANCE, RANK, WORLD, UserError, at_least, config_text, describe, gather,
-                    load_json, other_data, parse, pooling_configs, print_table, run_main,
-                    unpack_right, visible_files, whole_file, within_error)
+from common import (RANK, TIED_PART, WORLD, UserError, at_least, config_text, describe, gather,
+                    load_json, near_the_best, other_data, parse, pooling_configs, print_table,
+                    run_main, unpack_right, visible_files, whole_file)
 from train_single import (finished_runs, load_for_training, multiply_adds, parse_configs,
                           refuse_to_lose, train_all, write_trained)
 
@@ -39,7 +40,7 @@ def load_searches(args):
     """The searches in --out: {the names of their files: {configuration: score}}.
 
     Seeds of one search are one entry, with the means of their scores. A second file of the same
-    search and seed is a copy and does not count. A search that chose nothing (`within_error`) has
+    search and seed is a copy and does not count. A search that chose nothing (`near_the_best`) has
     no scores. Other JSON files are left alone. A line says each of these.
     """
     searches = {}
@@ -74,10 +75,10 @@ def load_searches(args):
         for config in sorted(set().union(*all_scores)):  # some seeds may have never trained one
             own = [scores[config] for scores in all_scores if config in scores]
             means[config] = float(np.mean(own))
-        near, error = within_error(means.values(), min(sum(counts), images))
-        if error is not None and near > CHANCE * len(means):
-            print(f"{', '.join(names)} chose nothing: {near} of {len(means)} scores lie within one "
-                  f"standard error of the best ({100 * error:.1f} points)")
+        near, margin = near_the_best(means.values(), min(sum(counts), images))
+        if margin is not None and near >= TIED_PART * len(means):
+            print(f"{', '.join(names)} chose nothing: {near} of {len(means)} scores lie within two "
+                  f"standard errors of the best ({100 * margin:.1f} points)")
             means = {}
         found[", ".join(names)] = means
     return found
@@ -108,11 +109,23 @@ def errors_of_gain(entry, base, counts):
     return seeds, math.sqrt(sum(variances)), False
 
 
-def gains_of(data):
-    """The gain of each configuration over the default, from the content of a retrain.json.
+class Gain(NamedTuple):
+    """What a configuration gains over the default, with the errors of `errors_of_gain`."""
+    gain: float  # a fraction, like the errors
+    by_seeds: float | None
+    by_images: float
+    paired: bool
+    own_part: float  # of the variance of the gain: what is not the default's
 
-    Returns {configuration: (gain, error by the seeds, by the images, paired, own)}, as fractions,
-    with the errors of `errors_of_gain`. own: the part of the variance that is not the default's.
+    @property
+    def error(self):
+        """The larger of both errors, a fraction."""
+        return max(self.by_seeds or 0.0, self.by_images)
+
+
+def gains_of(data):
+    """The Gain of each configuration, from the content of a retrain.json: a dict.
+
     Empty where the default was not trained.
     """
     base = data["default"]
@@ -120,8 +133,9 @@ def gains_of(data):
     for r in data["results"] if base else ():
         if r["config"] != base["config"]:
             errors = errors_of_gain(r, base, data.get("test_counts") or data["n_test"])
-            own = len(base["runs"]) / (len(base["runs"]) + len(r["runs"]))
-            gains[tuple(r["config"])] = r["test_acc"] - base["test_acc"], *errors, own
+            own_part = len(base["runs"]) / (len(base["runs"]) + len(r["runs"]))
+            gain = Gain(r["test_acc"] - base["test_acc"], *errors, own_part)
+            gains[tuple(r["config"])] = gain
     return gains
 
 
@@ -134,8 +148,7 @@ def best_by_chance(gains):
     """
     if not gains:
         return 0.0
-    variances = [max(seeds or 0.0, images) ** 2 * own
-                 for _, seeds, images, _, own in gains.values()]
+    variances = [gain.error ** 2 * gain.own_part for gain in gains.values()]
     normal, steps = statistics.NormalDist(), 1000
     largest = statistics.fmean(normal.inv_cdf(((step + 0.5) / steps) ** (1 / len(gains)))
                                for step in range(steps))  # the mean of the largest of so many
@@ -158,31 +171,41 @@ def trained_rows(data):
     return rows
 
 
-def show_trained(data):
-    """Print the rows of `trained_rows`, what chance alone would show, and what is worth taking.
+def verdict(gains, default):
+    """Say in one line which configurations are worth taking, from the dict of `gains_of`.
 
-    Worth taking is what gains more than chance would show, by more than twice the larger error.
+    That is what gains more than luck would show (`best_by_chance`) and twice its larger error
+    together. With one run it is not known how much a seed changes, so no single run is worth it.
     """
+    judged = {config: gain for config, gain in gains.items() if gain.by_seeds is not None}
+    if not judged:
+        return "One run cannot tell a gain from the luck of its seed: train more seeds (--runs 3)."
+    luck = best_by_chance(gains) if len(gains) > 1 else 0.0
+    excess, texts = {}, {}
+    for config, gain in judged.items():
+        needed = luck + 2 * gain.error
+        excess[config] = gain.gain - needed
+        texts[config] = (f"{config_text(config)} gains {100 * gain.gain:.1f} points and needs "
+                         f"{100 * needed:.1f}")
+    if worth := [text for config, text in texts.items() if excess[config] > 0]:
+        return f"Better than {default} by more than luck and two errors: {'; '.join(worth)}."
+    return (f"None is better than {default} by more than luck and two errors (nearest: "
+            f"{texts[max(excess, key=excess.get)]}). Keep it, or test on more images, or train "
+            f"more seeds (--runs).")
+
+
+def show_trained(data):
+    """Print the rows of `trained_rows`, what luck alone would show, and the verdict."""
     rows = trained_rows(data)
     used = [i for i in range(len(TRAINED)) if any(row[i] != "-" for row in rows)]
     print_table([TRAINED[i] for i in used], [[row[i] for i in used] for row in rows])
-    gains, chance = gains_of(data), 0.0
-    if gains:
+    if gains := gains_of(data):
         print(f"The gain is over the default, in points. Its standard error: by the seeds, and by "
               f"the {data['n_test']} test images.")
-    if len(gains) > 1:
-        chance = best_by_chance(gains)
-        print(f"If none were better than the default, the best of {len(gains)} would by chance "
-              f"still look {100 * chance:.1f} points better, on average.")
-    if gains:
-        default = config_text(data["default"]["config"])
-        if any(len(r["runs"]) < 2 for r in data["results"]):
-            print("With one run of each it is not known how much a seed changes (--runs).")
-        worth = [config_text(config) for config, (gain, seeds, images, _, _) in gains.items()
-                 if gain - chance > 2 * max(seeds or 0.0, images)]
-        print(f"Better than {default} by more than chance and two errors: {', '.join(worth)}."
-              if worth else f"None is better than {default} by more than chance and two errors: "
-                            f"keep it, or test on more images, or train more seeds (--runs).")
+        if len(gains) > 1:
+            print(f"If none were better than the default, the best of {len(gains)} would by luck "
+                  f"still look {100 * best_by_chance(gains):.1f} points better, on average.")
+        print(verdict(gains, config_text(data["default"]["config"])))
 
 
 def draw_gains(figure, data):
@@ -194,12 +217,10 @@ def draw_gains(figure, data):
     ax.plot(macs[default], 0, "ks", label=f"the default, {config_text(default)}")
     ax.annotate(config_text(default), (macs[default], 0), (5, 5), textcoords="offset points")
     label = "gain, and the larger of its two standard errors"
-    for config, (gain, seeds, images, *_) in gains.items():
-        error = max(seeds or 0.0, images)
-        ax.errorbar(macs[config], 100 * gain, 100 * error, fmt="o", color="tab:blue", capsize=3,
-                    label=label)
-        ax.annotate(config_text(config), (macs[config], 100 * gain), (5, 5),
-                    textcoords="offset points")
+    for config, gain in gains.items():
+        place = macs[config], 100 * gain.gain
+        ax.errorbar(*place, 100 * gain.error, fmt="o", color="tab:blue", capsize=3, label=label)
+        ax.annotate(config_text(config), place, (5, 5), textcoords="offset points")
         label = None  # once in the legend
     ax.set(xlabel="million multiply-adds", ylabel="gain over the default, points",
            title=f"{data['dataset']}: trained from scratch, {data['n_test']} test images")
@@ -254,7 +275,7 @@ def main():
     folder = args.out / "retrain"
     finished_runs(folder, args.settings)  # refused now, since decoding images may take long
     refuse_to_lose(args.out / "retrain.json", folder, args.out / "single")
-    parse_configs(args.config, args)  # refused now, as well
+    named = parse_configs(args.config, args)  # refused now, as well
     space = pooling_configs(args.layers, args.scales)
     late = "6,1,3 7,1,2" if len(space) == 36 else ",".join(map(str, space[2 * len(space) // 3]))
     nothing = UserError(f"{args.out} holds no search of these images and this network: name "
@@ -274,6 +295,10 @@ def main():
         raise UserError(f"--max-macs {args.max_macs:.4g} is below the cheapest configuration, "
                         f"{min(macs.values()):.4g}")
     why = candidates(searches, args, macs)
+    if len(why) == 1 and args.default not in named:
+        limit = ", or raise --max-macs" if args.max_macs < math.inf else ""
+        raise UserError(f"nothing is left to compare with the default, {config_text(args.default)}: "
+                        f"name candidates, as in --config {late}{limit}")
     listed = ", ".join(f"{config_text(config)} ({reason})" for config, reason in why.items())
     print(f"retraining {listed}")
     single = finished_runs(args.out / "single", args.settings, refuse=False)

@@ -111,7 +111,9 @@ def finished_runs(folder, settings, refuse=True):
         weights = {path: {"args": load_checkpoint(path)["args"]}
                    for path in visible_files(folder, "*-seed*.pt")
                    if path.with_suffix(".json") not in mine}  # of trainings that were stopped
-        refuse_other_settings(mine | weights, settings, "choose another --out" + (
+        gathered = folder.with_suffix(".json")
+        gathered = {gathered: load_json(gathered)} if gathered.exists() else {}
+        refuse_other_settings(mine | weights | gathered, settings, "choose another --out" + (
             "" if folder.name == "single" else " (and copy the JSON of the searches to it)"))
     same = {path: run for path, run in mine.items()
             if not other_settings(run.get("args", {}), settings)}
@@ -129,8 +131,9 @@ def refuse_to_lose(path, *folders):
 
     It is written anew from the runs there, so these would be lost.
     """
+    mine = {run.stem for folder in folders for run in visible_files(folder, "*-seed*.json")}
+    there = set().union(*gather(mine))  # each rank may have a disk of its own
     if path.exists():
-        there = {run.stem for folder in folders for run in visible_files(folder, "*-seed*.json")}
         for result in load_json(path).get("results", ()):
             for run in result.get("runs", ()):
                 name = f"{'-'.join(map(str, result['config']))}-seed{run['seed']}"

@@ -98,7 +98,8 @@ def believe(space, macs, scores, values, runs, images=math.inf):
     cost = standardise(np.searchsorted(np.sort(macs), macs))
     searched = np.array([standardise(score) for score in scores]).reshape(-1, len(space))
     expected = SLOPE * (cost + (searched.mean(0) if len(searched) else 0))
-    of_images = 100 ** 2 * values * (1 - values) / images  # variance by the number of images
+    parts = np.clip(values, 0, 1)  # what is only expected may lie above 1
+    of_images = 100 ** 2 * parts * (1 - parts) / images  # variance by the number of images
     noise = np.sqrt(NOISE ** 2 / np.maximum(runs, 1) + np.nan_to_num(of_images))
     mean, deviation = gaussian_process(
         expected, features=np.stack([cost, *searched / max(1, len(searched)) ** 0.5], axis=1),

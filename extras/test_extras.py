@@ -2,8 +2,11 @@
 
 As in test_smoke.py, the tests that run a script come before those that train in this process.
 """
+import importlib
 import itertools
 import math
+import re
+import timeit
 from pathlib import Path
 from statistics import NormalDist
 
@@ -166,6 +169,13 @@ def test_proposals_start_with_the_default_then_follow_the_bound_and_never_repeat
     assert sorted(proposed) == np.flatnonzero(COSTS <= limit).tolist()
 
 
+def test_a_proposal_that_is_expected_to_be_perfect_is_no_obstacle_to_the_next():
+    values = np.full(36, math.nan)
+    values[[0, 35]] = 0.99, 1.0
+    proposals = propose(SPACE, COSTS, [], values, np.ones(36), 0, images=100, count=4)
+    assert len({index for index, *_ in proposals}) == 4 and np.isfinite([p[2:] for p in proposals]).all()
+
+
 def test_the_fewer_images_measured_an_accuracy_the_less_certain_it_is():
     values, deviations = np.full(36, math.nan), []
     values[[5, 20]] = 0.7, 0.74
@@ -323,3 +333,11 @@ def test_an_extracted_network_has_statistics_of_its_own_and_predicts_as_before()
     single = pss_net.extract_network(shared.state_dict(), path, [x], ResNet20(4))
     assert torch.allclose(single(x)[:1], single(x[:1]), atol=1e-4)  # one image as a batch
     assert F.cosine_similarity(single(x), shared(x, path), dim=1).mean() > 0.9
+
+
+def test_speed_shows_every_tenth_configuration(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["speed", "--device", "cpu", "--amp", "off", "--batch-size", "2"])
+    monkeypatch.setattr(timeit.Timer, "autorange", lambda timer: (1, 0.0))
+    monkeypatch.setattr(timeit.Timer, "repeat", lambda timer, *times: [timer.timeit(1)])
+    importlib.import_module("results.speed").main()
+    assert len(re.findall(r"^\[\d,\d,\d\] +\d+\.\d +\d+ +\d+ ", capsys.readouterr().out, re.M)) == 6

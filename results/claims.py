@@ -68,7 +68,8 @@ def gains_of_choices(data, searches, truth):
         ranked = sorted(scores, key=scores.get, reverse=True)[:3]
         known = [statistics.fmean(truth[config]) - statistics.fmean(truth[DEFAULT]) for config in ranked
                  if config in truth]
-        first.append(known[0])
+        if ranked[0] in truth:
+            first.append(known[0])
         if len(known) == 3:
             three.append(max(known))
     return first, three

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common import (Parser, UserError, config_text, count_macs, kendall_tau, load_json, pareto, print_table,
-                    run_main, unpack_right)
+from common import (Parser, UserError, config_text, count_macs, kendall_tau, load_json, pareto, pooling_configs,
+                    print_table, run_main, unpack_right)
 from retrain import TRAINED, draw_gains, gains_of, save_picture, show_trained, trained_rows
 
 SEARCH = ["search", "images", "steps", "chosen", "tau", "tau with exposure", "tau with cost", "regret"]
@@ -61,7 +61,10 @@ def figures_of(results, truth):
     rows = [(r["val_acc"], r["macs"], truth.get(tuple(r["config"]), math.nan)) for r in results]
     score, macs, true = np.array(rows).T
     known = np.isfinite(true)
-    taus = [kendall_tau(score, exposure([r["config"] for r in results])), kendall_tau(score, macs)]
+    first = results[0]["config"]
+    space = pooling_configs(sum(first), len(first))
+    fed = dict(zip(space, exposure(space)))
+    taus = [kendall_tau(score, [fed[tuple(r["config"])] for r in results]), kendall_tau(score, macs)]
     if known.sum() < max(2, len(results) / 2):
         return [None, *taus, None]
     score, true = score[known], true[known]

@@ -52,7 +52,8 @@ def main():
     rows = []
     for config in sorted({*ranked[::9], ranked[-1], default_config()}, key=count_macs):
         learner = Learner(ResNet20(image_size=args.image_size), device, amp)
-        feed = itertools.chain.from_iterable(training_batches(*data, size, device, seed) for seed in itertools.count())
+        feed = itertools.chain.from_iterable(training_batches(
+            data.images, data.labels, size, device, seed) for seed in itertools.count())
         x, y = next(feed)
         training = images_per_second(lambda: learner.train(*next(feed), config, 1e-3))
         scoring = images_per_second(partial(learner.score, x, y, config))
