@@ -103,8 +103,7 @@ def finished_runs(folder, settings, refuse=True):
     """The finished runs in a folder that have these settings: {(configuration, seed): its JSON}.
 
     Under torchrun those on the disk of every rank count. A run with other settings, finished or
-    not, raises UserError; with refuse=False it is left alone, and one line says so. Older versions
-    did not keep `right`; their runs then count as not finished, so that they are tested once more.
+    not, raises UserError; with refuse=False it is left alone, and one line says so.
     """
     mine = {path: load_json(path) for path in visible_files(folder, "*-seed*.json")}
     if refuse:
@@ -115,13 +114,11 @@ def finished_runs(folder, settings, refuse=True):
         gathered = {gathered: load_json(gathered)} if gathered.exists() else {}
         refuse_other_settings(mine | weights | gathered, settings, "choose another --out" + (
             "" if folder.name == "single" else " (and copy the JSON of the searches to it)"))
-    same = {path: run for path, run in mine.items()
-            if not other_settings(run.get("args", {}), settings)}
+    same = [run for run in mine.values() if not other_settings(run.get("args", {}), settings)]
     if len(same) < len(mine):
         print(f"left alone: {len(mine) - len(same)} runs in {folder}, trained with other settings")
     runs = {}
-    for part in gather([run for path, run in same.items()
-                        if "right" in run or not refuse or not path.with_suffix(".pt").exists()]):
+    for part in gather(same):
         runs |= {(tuple(run["config"]), run["seed"]): run for run in part}
     return dict(sorted(runs.items()))
 
@@ -153,7 +150,7 @@ def summarise(runs, key="test_acc"):
         own = []
         for (other, _), run in sorted(runs.items()):
             if other == config:
-                left_out = ("config", "history", "args", "halves")  # halves: of older versions
+                left_out = "config", "history", "args"
                 own.append({name: value for name, value in run.items() if name not in left_out})
         accuracies = [run[key] for run in own]
         std = round(statistics.stdev(accuracies), 6) if len(own) > 1 else None

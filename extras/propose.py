@@ -192,7 +192,7 @@ def main():
     finished_runs(folder, args.settings)  # refused now, since decoding images may take long
     data = load_for_training(args)
     counts_of_test = data[1].labels.bincount(minlength=len(data[2])).tolist()
-    chose = -(-sum(counts_of_test) // 2)
+    choosing = -(-sum(counts_of_test) // 2)
     searches = load_searches(args)
     whole = {names: search for names, search in searches.items() if set(search) == set(space)}
     names = "; ".join(whole) or "no search (none in --out scores the whole space)"
@@ -210,11 +210,11 @@ def main():
         runs = taken | runs_of(args, counts_of_test, "propose")
         values, counts = observe(space, runs)
         if args.propose_only:
-            return print_beliefs(space, macs, scores, values, counts, default, args.max_macs, chose)
+            return print_beliefs(space, macs, scores, values, counts, default, args.max_macs, choosing)
         known = int((counts > 0)[allowed].sum())
         total = min(args.trainings, allowed.sum())
         total = max(total, known + (allowed[default] and not counts[default]))
-        proposals = propose(space, macs, scores, values, counts, default, args.max_macs, chose,
+        proposals = propose(space, macs, scores, values, counts, default, args.max_macs, choosing,
                             min(WORLD, total - known))
         proposals = gather(proposals)[0]  # the first rank's; other machines may round otherwise
         if not proposals:
@@ -255,14 +255,14 @@ def report(args, data, runs, described, values):
         results.append({**within[config], **entry, "why": reason["why"],
                         "order": reason.get("order")})
     classes, total = data[2], len(data[1].labels)
-    chose, reported = total - total // 2, total // 2
+    choosing, reported = total - total // 2, total // 2
     if RANK == 0:
         history = [entry for run in runs.values() for entry in run["history"]]
         found = write_results(args, "propose", "propose", classes, results, "val_acc",
-                              (len(data[0].labels), chose, reported),
+                              (len(data[0].labels), choosing, reported),
                               sum(run["seconds"] for run in runs.values()), history=history)
         best = config_text(found["best"]["config"])
-        print(f"\nval acc, %, on {chose} test images, chose {best}; test acc, %, on the "
+        print(f"\nval acc, %, on {choosing} test images, chose {best}; test acc, %, on the "
               f"{reported} others")
         show_trained(found)
 

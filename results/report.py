@@ -18,8 +18,9 @@ import numpy as np
 
 from common import (Parser, UserError, config_text, count_macs, kendall_tau, load_json, pareto, pooling_configs,
                     print_table, run_main, unpack_right)
-from retrain import TRAINED, draw_gains, gains_of, save_picture, show_trained, trained_rows
+from retrain import NO_SEARCHES, TRAINED, draw_gains, gains_of, save_picture, show_trained, trained_rows
 
+OTHERS = *NO_SEARCHES, "compare"  # the stages that do not search
 SEARCH = ["search", "images", "steps", "chosen", "tau", "tau with exposure", "tau with cost", "regret"]
 MEANING = {  # of the columns that are not plain
     "steps": "in all; the M models of a mixture share them",
@@ -236,6 +237,26 @@ def draw_searches(figure, searches, truth, default):
         ax.set_axis_off()
 
 
+def read_stages(paths):
+    """Read the JSON of stages: {path: content}. A line says what is left alone."""
+    found = {}
+    for path in paths:
+        try:
+            data = {"stage": "single", **load_json(path)}
+            if "history" in data and data["stage"] not in OTHERS:
+                load_json(path, "val_acc")
+                data["args"]["seed"], steps_of(data), sum(r["macs"] for r in data["results"])  # what the tables need
+        except UserError as error:
+            print(f"left alone: {error}")
+            continue
+        except (KeyError, TypeError, AttributeError) as error:
+            print(f"left alone: {path} is no search of this project ({type(error).__name__}: {error})")
+            continue
+        if "results" in data or "ways" in data:
+            found[path] = data
+    return found
+
+
 def main():
     parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="with the JSON of any stages, there or below; or a single file")
@@ -247,25 +268,11 @@ def main():
              if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     if args.folder.is_file():
         folder, paths, own = args.folder.parent, [args.folder], args.folder
-    files = {}
-    for path in paths:
-        try:
-            data = {"stage": "single", **load_json(path)}
-            if "history" in data and data["stage"] not in ("single", "retrain", "propose", "compare"):
-                load_json(path, "val_acc")
-                data["args"]["seed"] + steps_of(data) + sum(r["macs"] for r in data["results"])
-        except UserError as error:
-            print(f"left alone: {error}")
-            continue
-        except (KeyError, TypeError, AttributeError) as error:
-            print(f"left alone: {path} is no search of this project ({type(error).__name__}: {error})")
-            continue
-        if "results" in data or "ways" in data:
-            files[path] = data
+    files = read_stages(paths)
     if not files:
         raise UserError(f"{args.folder} holds no JSON of a stage: name the --out of one, such as runs/cifar10")
     searches = {path: load_json(path, "val_acc") for path, data in files.items()
-                if data["stage"] not in ("single", "retrain", "propose", "compare")}
+                if data["stage"] not in OTHERS}
     judge = args.truth or (own if files.get(own, {}).get("stage") == "single" else None)
     truth, pictures = {}, {}
     defaults = [data["default"]["config"] for data in files.values() if data.get("default")]
