@@ -27,7 +27,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (Learner, ResNet20, at_least, begin_search, config_text, cosine_lr, derive_seed,
+from common import (Learner, at_least, begin_search, config_text, cosine_lr, derive_seed,
                     evaluate, finish_search, log_epoch, make_learner, make_network, parse,
                     print_table, run_main, save_checkpoint, save_json, training_batches)
 
@@ -110,20 +110,19 @@ def add_own_config(network, inputs):
 
 
 @torch.no_grad()
-def extract_network(weights, config, feed, network=None):
+def extract_network(weights, config, feed, network):
     """Make an ordinary network of one configuration of a SuperNet, with its own norm statistics.
 
     weights: the state dict of the SuperNet, in a checkpoint ["learner"]["network"]. config: a
     tuple. feed: training batches, normalised, float (B, C, S, S) each, on the device of the
-    weights; nn.BatchNorm2d gets the average of their statistics. network: a new network, which
-    takes (x, config); default a ResNet20 for 10 classes and 32 pixels.
+    weights; nn.BatchNorm2d gets the average of their statistics. network: a new one of
+    the same kind, with nn.BatchNorm2d; it takes (x, config).
 
     Returns the network in eval mode, on the device of the weights. It keeps the configuration as
     `network.config`, and network(x) runs it. A network that had no attribute `config`, unlike
     ResNet20, gets a hook, `add_own_config`, which hands it to forward. Raises RuntimeError where
     the weights are of another network.
     """
-    network = network or ResNet20(layers=sum(config))
     network.to(next(iter(weights.values())).device).train()
     if not hasattr(network, "config"):
         network.register_forward_pre_hook(add_own_config)
