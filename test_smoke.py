@@ -623,6 +623,10 @@ def test_the_tables_of_the_evidence_are_the_files():
         out = run("results/report.py", name, "--truth", RESULTS / PUBLISHED, "--markdown")
         rows = [line for line in out.splitlines() if line.startswith("| ")]
         assert len(rows) > 12 and not set(rows) - set(page.splitlines())
+    for name in ("food101-10/retrain.json", "photos"):
+        rows = re.findall(r"^\| (?:\[|SuperNet).*", run("results/report.py", RESULTS / name, "--markdown",
+                                                         prepare=without_pictures, tied_part=0.75), re.M)
+        assert len(rows) > 4 and not set(rows) - set(page.splitlines())
     for name in ("cifar10/fifty-thousand", "cifar100-25k", "food101-10"):
         data = load(RESULTS / name / "propose.json")
         trained = {row[0]: row for row in trained_rows(data)}

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common import (Parser, UserError, config_text, count_macs, kendall_tau, load_json, pareto, pooling_configs,
-                    print_table, run_main, unpack_right)
+from common import (TIED_PART, Parser, UserError, config_text, count_macs, kendall_tau, load_json, near_the_best,
+                    pareto, pooling_configs, print_table, run_main, unpack_right)
 from retrain import NO_SEARCHES, TRAINED, draw_gains, gains_of, save_picture, show_trained, trained_rows
 
 OTHERS = *NO_SEARCHES, "compare"  # the stages that do not search
@@ -109,7 +109,7 @@ def search_rows(searches, truth):
     second one of the same seed is a copy and does not count.
     """
     by_cost = [{**r, "val_acc": r["macs"]} for r in searches[0]["results"]]
-    groups = {("multiply-adds alone", 0, 0): {0: {"results": by_cost}}}
+    groups = {("multiply-adds alone", 0, 0): {0: {"results": by_cost, "n_val": math.inf}}}
     for search in sorted(searches, key=lambda search: search["args"]["seed"]):
         args = search["args"]
         shared = ("dataset", "image_size", "layers", "scales", "batch_size", "lr")
@@ -120,9 +120,9 @@ def search_rows(searches, truth):
     for key in sorted(groups, key=lambda key: (-key[2], -key[1], key[0])):
         runs = []
         for search in groups[key].values():
-            best = max(search["results"], key=lambda r: r["val_acc"])
-            chosen = config_text(best["config"])
-            if search.get("best", best) is None:
+            chosen = config_text(max(search["results"], key=lambda r: r["val_acc"])["config"])
+            near, _ = near_the_best([r["val_acc"] for r in search["results"]], search["n_val"])
+            if near >= TIED_PART * len(search["results"]):  # it chose nothing
                 chosen += " (by chance)"
             figures = ["-" if f is None else f"{f:.2f}" for f in figures_of(search["results"], truth)]
             runs.append([chosen, *figures])
