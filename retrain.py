@@ -296,9 +296,11 @@ def main():
                         f"{min(macs.values()):.4g}")
     why = candidates(searches, args, macs)
     if len(why) == 1 and args.default not in named:
-        limit = ", or raise --max-macs" if args.max_macs < math.inf else ""
-        raise UserError(f"nothing is left to compare with the default, {config_text(args.default)}: "
-                        f"name candidates, as in --config {late}{limit}")
+        lonely = (f"nothing is left to compare with the default, {config_text(args.default)}: name "
+                  f"candidates, as in --config {late}")
+        if args.max_macs < math.inf:
+            raise UserError(f"{lonely}, or raise --max-macs")
+        print(lonely)  # the searches chose nothing; who runs all stages in turn goes on
     listed = ", ".join(f"{config_text(config)} ({reason})" for config, reason in why.items())
     print(f"retraining {listed}")
     single = finished_runs(args.out / "single", args.settings, refuse=False)
