@@ -709,9 +709,9 @@ def load_dataset(name, data_dir="data", image_size=None, limit_train=None, devic
     A folder has images in train/<class>/ and in test/<class>/ or val/<class>/. data_dir: where data
     sets are kept and downloaded to; decoded images go to its folder `cache`, or where it cannot be
     written, to data/cache. image_size: the side in pixels, by default IMAGE_SIZE; arrays of pixels
-    have no other. limit_train: use only the first
-    images of a fixed shuffle that keeps the proportions of the classes. Both splits are in the order
-    of that shuffle. device: a GPU takes the images if it has three times the room.
+    have no other. limit_train: use only the first images of a fixed shuffle that keeps the
+    proportions of the classes. Both splits are in the order of that shuffle. device: a GPU takes
+    the images if it has three times the room.
 
     Returns the training Split, the test Split, and the names of the classes. Raises UserError.
     """
@@ -1267,8 +1267,8 @@ def announce(search, args, step_cost):
             batch //= 2
         enough = math.ceil(ENOUGH_STEPS * count / (images // batch))
         needed = enough * models * (images // batch) * seconds * batch / args.batch_size
-        print(f"That is too little to rank them by. Better stop this (Ctrl-C), delete {search.name}.pt, and take "
-              f"--batch-size {batch} --epochs {enough}, which takes roughly {duration(needed)} here")
+        print(f"That is too little to rank them by. Better stop this (Ctrl-C), delete {search.name}.pt if it is there, "
+              f"and take --batch-size {batch} --epochs {enough}, which takes roughly {duration(needed)} here")
 
 
 def make_learner(search, args, *number, kind=Learner, norm=batch_statistics_norm):
@@ -1279,8 +1279,8 @@ def make_learner(search, args, *number, kind=Learner, norm=batch_statistics_norm
 
 
 # A search chooses nothing if at least this part of its scores lie within two standard errors of the
-# best. Of our searches on 720 photos and on Food-101 many do, and their choice changes with the
-# seed. On CIFAR-10 and CIFAR-100 none does (results/tables.md).
+# best. So do our three searches on 720 photos, whose best score changes with the seed, and one of six
+# on Food-101; on CIFAR-10 and CIFAR-100 none does (results/README.md).
 TIED_PART = 0.75
 
 
@@ -1333,8 +1333,8 @@ def rank_by_truth(path, settings, results, chooses=True):
     kendall_tau: tau-b of its scores with the true accuracies. kendall_tau_macs: tau-b of
     multiply-adds with them. regret: the true accuracy of the best configuration minus that of the
     configuration with the best score, a fraction; None if the search chooses nothing. The result is
-    None where there is no such file, where it knows fewer than half of the results, or where it is of other
-    images, which one line says.
+    None where there is no such file, where it knows fewer than half of the results, or where it is
+    of other images, which one line says.
     """
     if not path.exists():
         return None
