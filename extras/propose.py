@@ -210,7 +210,8 @@ def main():
         runs = taken | runs_of(args, counts_of_test, "propose")
         values, counts = observe(space, runs)
         if args.propose_only:
-            return print_beliefs(space, macs, scores, values, counts, default, args.max_macs, choosing)
+            return print_beliefs(space, macs, scores, values, counts, default, args.max_macs,
+                                 choosing)
         known = int((counts > 0)[allowed].sum())
         total = min(args.trainings, allowed.sum())
         total = max(total, known + (allowed[default] and not counts[default]))

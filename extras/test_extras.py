@@ -173,7 +173,8 @@ def test_a_proposal_that_is_expected_to_be_perfect_is_no_obstacle_to_the_next():
     values = np.full(36, math.nan)
     values[[0, 35]] = 0.99, 1.0
     proposals = propose(SPACE, COSTS, [], values, np.ones(36), 0, images=100, count=4)
-    assert len({index for index, *_ in proposals}) == 4 and np.isfinite([p[2:] for p in proposals]).all()
+    assert len({index for index, *_ in proposals}) == 4
+    assert np.isfinite([expected for _, _, *expected in proposals]).all()
 
 
 def test_the_fewer_images_measured_an_accuracy_the_less_certain_it_is():
@@ -336,7 +337,8 @@ def test_an_extracted_network_has_statistics_of_its_own_and_predicts_as_before()
 
 
 def test_speed_shows_every_tenth_configuration(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["speed", "--device", "cpu", "--amp", "off", "--batch-size", "2"])
+    words = "speed --device cpu --amp off --batch-size 2"
+    monkeypatch.setattr("sys.argv", words.split())
     monkeypatch.setattr(timeit.Timer, "autorange", lambda timer: (1, 0.0))
     monkeypatch.setattr(timeit.Timer, "repeat", lambda timer, *times: [timer.timeit(1)])
     importlib.import_module("results.speed").main()
