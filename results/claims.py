@@ -64,14 +64,14 @@ def trained_alone(pattern):
     return found
 
 
-def interval(values, others=None):
+def interval(values, others=()):
     """Mean, standard error, and the ends of the 95 % interval of the mean; None for one value.
 
     With `others`, of the difference of the two means, where both vary alike.
     """
-    groups = [values] + [others] * (others is not None)
+    groups = [group for group in (values, others) if group]
     freedom = sum(len(group) - 1 for group in groups)
-    mean = statistics.fmean(values) - (statistics.fmean(others) if others is not None else 0)
+    mean = statistics.fmean(values) - (statistics.fmean(others) if others else 0)
     if freedom == 0:
         return mean, None, None, None
     variance = sum((len(group) - 1) * statistics.variance(group) for group in groups if len(group) > 1) / freedom
@@ -105,7 +105,7 @@ def mean_scores(searches):
     return {config: statistics.fmean(scores[config] for scores in searches) for config in searches[0]}
 
 
-def tell(values, others=None, digits=2):
+def tell(values, others=(), digits=2):
     """Write what `interval` returns, and the runs: mean, standard error, 95 % interval, runs."""
     mean, error, low, high = interval(values, others)
     if error is None:
@@ -245,9 +245,11 @@ def print_pairs(found):
 def print_owned():
     """Print how many of the 36 configurations the largest of four models owns, with and without balancing."""
     owned = load_json(HERE / "synthetic/pairs.json")["owned by the largest model"]
-    print_table(["way", "owned by the largest model, each seed", "mean", "95 % interval"], [
-        [way, ", ".join(map(str, counts.values())), tell([*counts.values()], digits=0)[0],
-         tell([*counts.values()], digits=0)[2]] for way, counts in owned.items()])
+    rows = []
+    for way, counts in owned.items():
+        mean, _, ends, _ = tell([*counts.values()], digits=0)
+        rows.append([way, ", ".join(map(str, counts.values())), mean, ends])
+    print_table(["way", "owned by the largest model, each seed", "mean", "95 % interval"], rows)
 
 
 def late_rows():
